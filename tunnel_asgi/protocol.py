@@ -1,0 +1,260 @@
+"""The wire protocol as data: messages in, events out, for both roles (PROTOCOL.md 4 and 5).
+
+No I/O, no clock, no task. A *direction* is one half of a visitor connection; each side keeps two of them,
+moves each by one table, and may recycle the WebSocket when both are done. A move that has no row is illegal:
+``ProtocolError`` if the peer asked for it, ``LocalProtocolError`` if we did.
+"""
+
+from __future__ import annotations
+
+import enum
+import ipaddress
+from dataclasses import dataclass
+
+from tunnel_asgi.errors import LocalProtocolError, ProtocolError
+
+__all__ = [
+    "EOF",
+    "RESET",
+    "ClientSide",
+    "Connected",
+    "Data",
+    "Direction",
+    "Dropped",
+    "Ended",
+    "Event",
+    "Recycled",
+    "ServerSide",
+]
+
+EOF = b""
+"""The binary message that ends one direction."""
+
+RESET = "RESET"
+"""The text message that offers a WebSocket to the next visitor."""
+
+_READ_SIDE_DONE = "RDSD"
+_CONNECT = "CONNECT:"
+_DROP = "DROP:"
+
+MAX_TEXT = 8 * 1024  # characters; CONNECT and DROP are one line, more is an attack on memory
+
+
+@dataclass(frozen=True, slots=True)
+class Connected:
+    """A visitor connected. ``ip`` is None if the server sent none that parses."""
+
+    ip: str | None
+    connection_id: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Data:
+    """The next bytes of the incoming direction, never empty."""
+
+    data: bytes | bytearray
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """The incoming direction ended in good order; the other one goes on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Dropped:
+    """The visitor connection failed; the incoming direction is over, the WebSocket still good."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Recycled:
+    """The client is ready for the next visitor."""
+
+
+Event = Connected | Data | Ended | Dropped | Recycled
+
+
+class Direction(enum.Enum):
+    """The state of one half of a visitor connection."""
+
+    IDLE = "idle"  # no visitor
+    OPEN = "open"
+    DONE = "done"
+
+
+class _Move(enum.Enum):
+    CONNECT = "CONNECT"
+    DATA = "data"
+    EOF = "EOF"
+    DROP = "DROP"
+    RESET = "RESET"
+
+
+_Table = dict[tuple[Direction, _Move], Direction]
+
+# Both tables name the directions as PROTOCOL.md does; each side sends on one and receives on the other.
+_SERVER_TO_CLIENT: _Table = {
+    (Direction.IDLE, _Move.CONNECT): Direction.OPEN,
+    (Direction.OPEN, _Move.DATA): Direction.OPEN,
+    (Direction.OPEN, _Move.EOF): Direction.DONE,
+    (Direction.OPEN, _Move.DROP): Direction.DONE,
+    (Direction.DONE, _Move.DROP): Direction.DONE,  # the visitor half-closed first and failed later
+    (Direction.DONE, _Move.RESET): Direction.IDLE,
+}
+_CLIENT_TO_SERVER: _Table = {
+    (Direction.IDLE, _Move.CONNECT): Direction.OPEN,
+    (Direction.OPEN, _Move.DATA): Direction.OPEN,
+    (Direction.OPEN, _Move.EOF): Direction.DONE,
+    (Direction.DONE, _Move.RESET): Direction.IDLE,
+}
+
+
+class _Side:
+    """What both roles share: two directions and the moves between their states."""
+
+    def __init__(self) -> None:
+        self.incoming = Direction.IDLE
+        self.outgoing = Direction.IDLE
+
+    @property
+    def waiting(self) -> bool:
+        """No visitor is connected."""
+        return self.incoming is Direction.IDLE and self.outgoing is Direction.IDLE
+
+    @property
+    def ended(self) -> bool:
+        """Both directions are over: only now may the WebSocket be recycled (PROTOCOL.md 4)."""
+        return self.incoming is Direction.DONE and self.outgoing is Direction.DONE
+
+    def _receive(self, table: _Table, move: _Move) -> None:
+        try:
+            self.incoming = table[self.incoming, move]
+        except KeyError:
+            raise ProtocolError(f"received {move.value} while the direction is {self.incoming.value}") from None
+
+    def _send(self, table: _Table, move: _Move) -> None:
+        try:
+            self.outgoing = table[self.outgoing, move]
+        except KeyError:
+            raise LocalProtocolError(f"cannot send {move.value} while the direction is {self.outgoing.value}") from None
+
+
+class ClientSide(_Side):
+    """The customer's process: it receives CONNECT, DROP and bytes; it sends bytes, EOF and RESET."""
+
+    def receive_text(self, message: str) -> Event | None:
+        """Read a text message; None for one that must be ignored (PROTOCOL.md 4.4 and 4.6).
+
+        Raises:
+            ProtocolError: CONNECT while a visitor is connected.
+        """
+        if message.startswith(_CONNECT):
+            self._receive(_SERVER_TO_CLIENT, _Move.CONNECT)
+            self._send(_CLIENT_TO_SERVER, _Move.CONNECT)
+            return _parse_connect(message)
+        if message.startswith(_DROP) and not self.waiting:
+            self._receive(_SERVER_TO_CLIENT, _Move.DROP)
+            return Dropped(message.removeprefix(_DROP).strip())
+        return None
+
+    def receive_binary(self, data: bytes | bytearray) -> Data | Ended:
+        """Read a binary message.
+
+        Raises:
+            ProtocolError: no visitor is connected, or the direction has ended.
+        """
+        if data:
+            self._receive(_SERVER_TO_CLIENT, _Move.DATA)
+            return Data(data)
+        self._receive(_SERVER_TO_CLIENT, _Move.EOF)
+        return Ended()
+
+    def send_data(self) -> None:
+        """Note that bytes are sent (an empty message is EOF and must go through ``send_eof``)."""
+        self._send(_CLIENT_TO_SERVER, _Move.DATA)
+
+    def send_eof(self) -> bytes:
+        """End the outgoing direction; returns the binary message to send."""
+        self._send(_CLIENT_TO_SERVER, _Move.EOF)
+        return EOF
+
+    def send_reset(self) -> str:
+        """Offer the WebSocket to the next visitor; returns the text message to send."""
+        if not self.ended:
+            raise LocalProtocolError("RESET needs both directions done")
+        self._receive(_SERVER_TO_CLIENT, _Move.RESET)
+        self._send(_CLIENT_TO_SERVER, _Move.RESET)
+        return RESET
+
+
+class ServerSide(_Side):
+    """The tunnel server: it sends CONNECT, DROP and bytes; it receives bytes, EOF and RESET."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._dropped = False
+
+    def receive_text(self, message: str) -> Recycled | None:
+        """Read a text message; None for RDSD and unknown ones, which are ignored.
+
+        Raises:
+            ProtocolError: RESET before both directions are done, or with no visitor.
+        """
+        if message != RESET:
+            return None
+        if not self.ended:
+            raise ProtocolError("received RESET before both directions were done")
+        self._receive(_CLIENT_TO_SERVER, _Move.RESET)
+        self._send(_SERVER_TO_CLIENT, _Move.RESET)
+        self._dropped = False
+        return Recycled()
+
+    def receive_binary(self, data: bytes | bytearray) -> Data | Ended:
+        """Read a binary message.
+
+        Raises:
+            ProtocolError: no visitor is connected, or the direction has ended.
+        """
+        if data:
+            self._receive(_CLIENT_TO_SERVER, _Move.DATA)
+            return Data(data)
+        self._receive(_CLIENT_TO_SERVER, _Move.EOF)
+        return Ended()
+
+    def send_connect(self, ip: str, connection_id: str | None = None) -> str:
+        """Hand over a visitor; returns the text message to send."""
+        self._send(_SERVER_TO_CLIENT, _Move.CONNECT)
+        self._receive(_CLIENT_TO_SERVER, _Move.CONNECT)
+        return f"{_CONNECT} {ip}" if connection_id is None else f"{_CONNECT} {ip}, {connection_id}"
+
+    def send_data(self) -> None:
+        """Note that visitor bytes are sent."""
+        self._send(_SERVER_TO_CLIENT, _Move.DATA)
+
+    def send_eof(self) -> bytes:
+        """The visitor ended its direction; returns the binary message to send."""
+        self._send(_SERVER_TO_CLIENT, _Move.EOF)
+        return EOF
+
+    def send_drop(self, reason: str) -> str:
+        """The visitor connection failed; returns the text message to send."""
+        if self._dropped:
+            raise LocalProtocolError("the visitor was dropped already")
+        self._send(_SERVER_TO_CLIENT, _Move.DROP)
+        self._dropped = True
+        return f"{_DROP} {reason}"
+
+
+def _parse_connect(message: str) -> Connected:
+    fields = [part.strip() for part in message.removeprefix(_CONNECT).split(",")]
+    connection_id = fields[1] if len(fields) > 1 and fields[1] else None
+    return Connected(_parse_ip(fields[0]), connection_id)
+
+
+def _parse_ip(text: str) -> str | None:
+    address = text.partition("%")[0]  # a zone id means nothing outside the server, and may hold any text
+    try:
+        return str(ipaddress.ip_address(address))
+    except ValueError:
+        return None
