@@ -1,0 +1,150 @@
+"""The command line. Only here errors become exit codes."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from importlib.metadata import version
+from typing import Any, NoReturn
+
+import click
+import uvicorn.main
+from uvicorn.config import STARTUP_FAILURE
+
+from tunnel_asgi.config import DEFAULT_SERVER_URL
+from tunnel_asgi.errors import TunnelError
+from tunnel_asgi.guard import Timeouts
+from tunnel_asgi.server import GRACEFUL_SHUTDOWN, SOCKET_OPTIONS, STANDBY, logging_config
+from tunnel_asgi.supervisor import run
+
+__all__ = ["tunnel_asgi"]
+
+IGNORED_UVICORN_OPTIONS = (SOCKET_OPTIONS - {"ssl_context_factory"}) | {"port", "version"}
+"""uvicorn's command line options that are not taken over. Every other one, also a future one, is."""
+
+DIFFERENT_DEFAULTS: dict[str, Any] = {
+    "http": "h11",
+    "proxy_headers": False,
+    "timeout_graceful_shutdown": GRACEFUL_SHUTDOWN,
+}
+
+EPILOG = "Without an account: tunnel-asgi main:app --local"
+
+
+def _uvicorn_parameters() -> list[click.Parameter]:
+    """uvicorn's own parameters, those about sockets left out."""
+    taken = [copy.copy(one) for one in uvicorn.main.main.params if one.name not in IGNORED_UVICORN_OPTIONS]
+    for parameter in taken:
+        if parameter.name in DIFFERENT_DEFAULTS:
+            parameter.default = DIFFERENT_DEFAULTS[parameter.name]
+        if parameter.name == "app":
+            parameter.envvar = "TUNNEL_ASGI_APP"
+    return taken
+
+
+def _with_uvicorn_parameters(command: click.Command) -> click.Command:
+    command.params += _uvicorn_parameters()
+    return command
+
+
+def _fail(message: object, code: int) -> NoReturn:
+    click.secho(f"Error: {message}", err=True, fg="red")
+    sys.exit(code)
+
+
+@_with_uvicorn_parameters
+@click.command(context_settings={"auto_envvar_prefix": "TUNNEL_ASGI"}, epilog=EPILOG)
+@click.option(
+    "--domain",
+    envvar="SMALLWARE_DOMAIN",
+    metavar="NAME",
+    help="Public name, <service>-<name>-<customer>.<shard>.smallware.io.",
+)
+@click.option(
+    "--key",
+    metavar="KEY",
+    help="Access key. Other users of this machine can read it in the process list: rather set SMALLWARE_KEY, "
+    "or use --key-file.",
+)
+@click.option("--key-file", type=click.Path(dir_okay=False), help="File that holds the access key.")
+@click.option("--key-id", envvar="SMALLWARE_KEY_ID", metavar="ID", help="Makes the whole key the secret of this id.")
+@click.option(
+    "--server",
+    "server_url",
+    envvar="SMALLWARE_SERVER",
+    metavar="URL",
+    help=f"Tunnel server. [default: {DEFAULT_SERVER_URL}]",
+)
+@click.option(
+    "--trust-ca",
+    envvar="SMALLWARE_TRUST_CA",
+    type=click.Path(dir_okay=False),
+    help="PEM file with a CA to trust in addition to the system's.",
+)
+@click.option("--allow-insecure-server", is_flag=True, help="Allow ws:// to another machine. The token travels in clear.")
+@click.option(
+    "--public-url",
+    metavar="URL",
+    help="What visitors open, if it is not https://DOMAIN. Decides the scheme and server the app sees.",
+)
+@click.option("--local", is_flag=True, help="No account: an embedded relay on loopback serves visitors.")
+@click.option(
+    "--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="With --local: port; 0 for any free one."
+)
+@click.option("--tls", is_flag=True, help="With --local: https, with a development CA made on the spot.")
+@click.option(
+    "--standby",
+    type=click.IntRange(1),
+    default=STANDBY,
+    show_default=True,
+    help="WebSockets that wait for visitors when nobody is connected.",
+)
+@click.option(
+    "--timeout-first-byte",
+    type=click.FloatRange(0),
+    default=Timeouts.first_byte,
+    show_default=True,
+    help="Seconds a visitor may take to begin a request. 0: no limit, also below.",
+)
+@click.option(
+    "--timeout-request-head",
+    type=click.FloatRange(0),
+    default=Timeouts.head,
+    show_default=True,
+    help="Seconds from the first byte of a request to the end of its headers.",
+)
+@click.option(
+    "--timeout-request-body",
+    type=click.FloatRange(0),
+    default=Timeouts.body,
+    show_default=True,
+    help="Seconds a visitor may pause within a request body.",
+)
+@click.version_option(version("tunnel-asgi"), prog_name="tunnel-asgi")
+def tunnel_asgi(**options: Any) -> None:
+    """Serve the ASGI app APP, such as main:app, through a tunnel. No port is opened.
+
+    The access key comes from SMALLWARE_KEY or --key-file.
+    """
+    if options["key"]:
+        click.secho(
+            "Warning: --key shows in the process list; set SMALLWARE_KEY or use --key-file instead.",
+            err=True,
+            fg="yellow",
+        )
+    if options["log_config"] is None:
+        options["log_config"] = logging_config()
+    options["headers"] = [_header(text) for text in options["headers"]]
+    for name in ("reload_dirs", "reload_includes", "reload_excludes"):
+        options[name] = list(options[name]) or None
+    try:
+        run(**options)
+    except TunnelError as error:
+        _fail(error, STARTUP_FAILURE)
+
+
+def _header(text: str) -> tuple[str, str]:
+    name, colon, value = text.partition(":")
+    if not colon:
+        raise click.BadParameter(f"{text!r} is not of the form Name:Value", param_hint="--header")
+    return name, value.strip()

@@ -1,0 +1,341 @@
+"""The pool of waiting WebSockets, offered as an ``asyncio.AbstractServer``.
+
+It decides one thing: how many WebSockets to dial now. Every change of state ends in ``_settle``, which decides
+synchronously and then starts the dials. While the server is failing there is one dial at a time; after the
+first success the door is wide open again (PROTOCOL.md 3).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from tunnel_asgi.auth import JwtManager
+from tunnel_asgi.config import TunnelConfig
+from tunnel_asgi.connection import TunnelConnection, dial
+from tunnel_asgi.errors import ListenerClosed, TunnelError, UpgradeRefused, WebSocketError
+from tunnel_asgi.protocol import Connected
+from tunnel_asgi.transport import TunnelTransport
+
+__all__ = ["Standby", "TunnelPool", "backoff"]
+
+logger = logging.getLogger("tunnel_asgi")
+
+Standby = Callable[[int], int]
+"""How many WebSockets shall wait, given how many visitors are connected."""
+
+FIRST_DELAY = 1.0  # seconds before the second attempt [S]
+DELAY_GROWTH = 1.5  # [S]
+MAX_DELAY = 30.0  # seconds [S]
+MAX_RETRY_AFTER = 15 * 60.0  # seconds; a server that asks for more is asked again all the same
+PARALLEL_DIALS = 16  # at once; a burst of TLS handshakes would starve the visitors being served
+SURPLUS_TIME = 5.0  # seconds a WebSocket nobody needs goes on waiting [S]
+YOUNG = 5.0  # seconds; a WebSocket that ends sooner, unused, counts as a failed dial
+
+
+def backoff() -> Iterator[float]:
+    """Seconds to wait after each failure in a row: 1 s growing by 1.5 to 30 s, each shortened by up to a half.
+
+    The jitter keeps many processes from returning in step.
+    """
+    delay = FIRST_DELAY
+    while True:
+        yield delay * random.uniform(0.5, 1.0)  # noqa: S311  (no secret depends on it)
+        delay = min(delay * DELAY_GROWTH, MAX_DELAY)
+
+
+class TunnelPool(asyncio.AbstractServer):
+    """Keeps WebSockets waiting at the tunnel server and serves each visitor with a new protocol.
+
+    ``protocol_factory`` makes one asyncio protocol per visitor. ``standby`` says how many WebSockets shall
+    wait. ``extra`` is added to every transport's ``get_extra_info``.
+
+    A retryable failure is logged once per change of state and retried for ever. Any other stops the pool
+    from dialling: it is raised by ``wait_ready`` and kept in ``failure``; visitors already connected go on.
+    """
+
+    def __init__(
+        self,
+        config: TunnelConfig,
+        protocol_factory: Callable[[], asyncio.BaseProtocol],
+        *,
+        standby: Standby,
+        extra: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.config = config
+        self.failure: TunnelError | None = None
+        self._protocol_factory = protocol_factory
+        self._standby = standby
+        self._extra = {"domain": config.domain, **(extra or {})}
+        self._ssl_context = config.make_ssl_context()
+        self._jwt = JwtManager(config.access_key, config.tunnel_domain.customer_id)
+        self._loop = asyncio.get_running_loop()
+
+        self._waiting: dict[TunnelConnection, float] = {}  # since when, oldest first
+        self._busy: set[TunnelConnection] = set()  # with a visitor, or draining after one
+        self._ending: set[TunnelConnection] = set()
+        self._unused: set[TunnelConnection] = set()  # never had a visitor
+        self._dials: set[asyncio.Task[None]] = set()
+
+        self._failing = False
+        self._recovered_at = float("-inf")
+        self._delays = backoff()
+        self._retry_timer: asyncio.TimerHandle | None = None
+        self._trim_timer: asyncio.TimerHandle | None = None
+        self._started = False
+        self._closed = False
+        self._waiters: set[asyncio.Future[None]] = set()
+
+    def __repr__(self) -> str:
+        return f"<TunnelPool {self.config.domain} waiting={self.waiting} busy={self.busy}>"
+
+    @property
+    def waiting(self) -> int:
+        """WebSockets that wait for a visitor."""
+        return len(self._waiting)
+
+    @property
+    def busy(self) -> int:
+        """WebSockets with a visitor, or still draining after one."""
+        return len(self._busy)
+
+    # asyncio.AbstractServer
+
+    def get_loop(self) -> asyncio.AbstractEventLoop:
+        return self._loop
+
+    def is_serving(self) -> bool:
+        """Whether a visitor who comes now would be served."""
+        return self._started and not self._closed and self.failure is None
+
+    async def start_serving(self) -> None:
+        """Begin to dial; returns at once. Idempotent."""
+        self._started = True
+        self._settle()
+
+    async def serve_forever(self) -> None:
+        """Serve until cancelled, then close.
+
+        Raises:
+            TunnelError: a failure that no retry can mend.
+            ListenerClosed: the pool was closed.
+        """
+        try:
+            await self.start_serving()
+            await self._wait_until(lambda: self._closed or self.failure is not None)
+            self._raise_if_over()
+        finally:
+            await self.aclose()
+
+    def close(self) -> None:
+        """Take no more visitors: dial no more, close what waits. Visitors already connected go on."""
+        if self._closed:
+            return
+        self._closed = True
+        self._stop_timers()
+        for task in self._dials:
+            task.cancel()
+        for connection in [*self._waiting, *self._busy]:
+            if connection.visitor is None:
+                connection.close(1000)
+        self._notify()
+
+    def close_clients(self) -> None:
+        """Close every visitor connection in good order, after what is written."""
+        for connection in list(self._busy):
+            if connection.visitor is not None:
+                connection.visitor.close()
+
+    def abort_clients(self) -> None:
+        """Drop every WebSocket with its visitor, at once."""
+        for connection in [*self._busy, *self._waiting, *self._ending]:
+            connection.abort()
+
+    async def wait_closed(self) -> None:
+        """Wait until the pool is closed and the last visitor connection has ended."""
+        await self._wait_until(lambda: self._closed and not self._busy)
+
+    # What asyncio's servers lack.
+
+    async def wait_ready(self) -> None:
+        """Wait until a WebSocket waits or a visitor is served.
+
+        Raises:
+            TunnelError: a failure that no retry can mend.
+            ListenerClosed: the pool was closed meanwhile.
+        """
+        await self._wait_until(lambda: bool(self._waiting or self._busy or self.failure or self._closed))
+        self._raise_if_over()
+
+    async def aclose(self) -> None:
+        """Close at once: visitors still connected are reset. Returns when no socket or task is left."""
+        self.close()
+        for connection in list(self._busy):
+            connection.close(1001)
+        await asyncio.gather(*self._dials, return_exceptions=True)
+        await self._wait_until(lambda: not (self._waiting or self._busy or self._ending))
+
+    def settle(self) -> None:
+        """Decide again: for when what ``standby`` answers has changed."""
+        self._settle()
+
+    # connection.Owner
+
+    @property
+    def accepting(self) -> bool:
+        return not self._closed
+
+    def connection_ready(self, connection: TunnelConnection) -> None:
+        if self._closed:
+            connection.close(1000)
+            return
+        self._recovered()
+        self._unused.add(connection)
+        self._wait(connection)
+
+    def visitor_connected(self, connection: TunnelConnection, visitor: Connected) -> TunnelTransport:
+        self._waiting.pop(connection, None)
+        self._unused.discard(connection)
+        self._busy.add(connection)
+        peername = None if visitor.ip is None else (visitor.ip, 0)
+        extra = {**self._extra, "peername": peername, "connection_id": visitor.connection_id}
+        transport = TunnelTransport(connection, self._protocol_factory(), extra=extra, loop=self._loop)
+        self._settle()
+        return transport
+
+    def connection_recycled(self, connection: TunnelConnection) -> None:
+        self._busy.discard(connection)
+        self._wait(connection)
+
+    def connection_ending(self, connection: TunnelConnection, error: WebSocketError | None) -> None:
+        since = self._waiting.pop(connection, None)
+        self._busy.discard(connection)
+        self._ending.add(connection)
+        young = since is not None and connection in self._unused and self._loop.time() - since < YOUNG
+        self._unused.discard(connection)
+        if error is not None:
+            logger.debug("a WebSocket ended: %s", error)
+            if young:
+                self._failed(error)
+        self._settle()
+        self._notify()
+
+    def connection_lost(self, connection: TunnelConnection) -> None:
+        self._ending.discard(connection)
+        self._notify()
+
+    # Deciding
+
+    def _settle(self) -> None:
+        if not self._started or self._closed or self.failure is not None:
+            return
+        for _ in range(self._dials_needed()):
+            task = self._loop.create_task(self._dial())
+            self._dials.add(task)
+            task.add_done_callback(self._dialled)
+        self._plan_trim()
+
+    def _dials_needed(self) -> int:
+        missing = self._target() - len(self._waiting) - len(self._dials)
+        if self._retry_timer is not None:
+            return 0
+        at_once = 1 if self._failing else PARALLEL_DIALS
+        return max(0, min(missing, at_once - len(self._dials)))
+
+    def _target(self) -> int:
+        return min(self._standby(len(self._busy)), self.config.max_connections - len(self._busy))
+
+    def _wait(self, connection: TunnelConnection) -> None:
+        self._waiting[connection] = self._loop.time()
+        self._settle()
+        self._notify()
+
+    def _plan_trim(self) -> None:
+        if self._trim_timer is None and len(self._waiting) > self._target():
+            self._trim_timer = self._loop.call_later(SURPLUS_TIME, self._trim)
+
+    def _trim(self) -> None:
+        """Close the newest: the server hands a visitor to the oldest, who may be on the way already."""
+        self._trim_timer = None
+        surplus = len(self._waiting) - max(self._target(), 0)
+        newest_first = list(reversed(self._waiting))
+        for connection in newest_first[: max(surplus, 0)]:
+            connection.close(1000)
+
+    # Dialling
+
+    async def _dial(self) -> None:
+        await dial(self.config, self._jwt, self._ssl_context, self)
+
+    def _dialled(self, task: asyncio.Task[None]) -> None:
+        self._dials.discard(task)
+        if not task.cancelled():
+            error = task.exception()
+            if isinstance(error, TunnelError):
+                self._failed(error)
+            elif error is not None:
+                self.failure = TunnelError(f"dialling failed: {error!r}")
+                self.failure.__cause__ = error
+        self._settle()
+        self._notify()
+
+    def _failed(self, error: TunnelError) -> None:
+        if not error.retryable:
+            self.failure = error
+            return
+        if not self._failing:
+            self._failing = True
+            if self._loop.time() - self._recovered_at > YOUNG:
+                self._delays = backoff()
+            logger.warning("%s; trying again until it answers", error)
+        if self._retry_timer is None and not self._closed:
+            delay = next(self._delays)
+            if isinstance(error, UpgradeRefused) and error.retry_after is not None:
+                delay = max(delay, min(error.retry_after, MAX_RETRY_AFTER))
+            logger.debug("next dial in %.1f s: %s", delay, error)
+            self._retry_timer = self._loop.call_later(delay, self._retry)
+
+    def _retry(self) -> None:
+        self._retry_timer = None
+        self._settle()
+
+    def _recovered(self) -> None:
+        if not self._failing:
+            return
+        self._failing = False
+        self._recovered_at = self._loop.time()
+        logger.info("the tunnel server answers again")
+        if self._retry_timer is not None:
+            self._retry_timer.cancel()
+            self._retry_timer = None
+
+    def _stop_timers(self) -> None:
+        for timer in (self._retry_timer, self._trim_timer):
+            if timer is not None:
+                timer.cancel()
+        self._retry_timer = self._trim_timer = None
+
+    # Waiting for a change of state
+
+    def _notify(self) -> None:
+        for waiter in self._waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+
+    async def _wait_until(self, predicate: Callable[[], bool]) -> None:
+        while not predicate():
+            waiter = self._loop.create_future()
+            self._waiters.add(waiter)
+            try:
+                await waiter
+            finally:
+                self._waiters.discard(waiter)
+
+    def _raise_if_over(self) -> None:
+        if self.failure is not None:
+            raise self.failure
+        if self._closed:
+            raise ListenerClosed

@@ -1,0 +1,331 @@
+"""Serve an ASGI app through a tunnel: uvicorn's server whose ``startup`` opens a pool instead of a port."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import copy
+import inspect
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable, Generator
+from types import FrameType
+from typing import Any
+
+import uvicorn
+import uvicorn.config
+import uvicorn.server
+
+from tunnel_asgi.config import DEFAULT_SERVER_URL, PublicURL, TunnelConfig, read_key_file
+from tunnel_asgi.errors import AppLoadFailed, ConfigError, LifespanFailed, TunnelError
+from tunnel_asgi.guard import Timeouts, guarded
+from tunnel_asgi.local import LocalRelay
+from tunnel_asgi.pool import TunnelPool
+
+__all__ = ["Config", "Server", "serve"]
+
+logger = logging.getLogger("uvicorn.error")
+
+GRACEFUL_SHUTDOWN = 10  # seconds; uvicorn's default is for ever, so one SSE visitor would block Ctrl+C
+STANDBY = 4  # WebSockets waiting when nobody is connected: a browser's first burst, nearly
+MAX_STANDBY = 32  # WebSockets waiting, however many visitors there are
+LAST_WORDS = 1.0  # seconds for what cancelled requests still answer
+
+SOCKET_OPTIONS = frozenset(
+    "host uds fd backlog http2 ssl_keyfile ssl_certfile ssl_keyfile_password ssl_version ssl_cert_reqs "
+    "ssl_ca_certs ssl_ciphers ssl_context_factory".split()
+)
+"""uvicorn's options that only make sense for a port of one's own."""
+
+
+def logging_config() -> dict[str, Any]:
+    """uvicorn's default logging configuration, with the logger ``tunnel_asgi`` beside its own."""
+    config = copy.deepcopy(uvicorn.config.LOGGING_CONFIG)
+    config["loggers"]["tunnel_asgi"] = {"handlers": ["default"], "level": "INFO", "propagate": False}
+    return config
+
+
+class Config(uvicorn.Config):
+    """uvicorn's ``Config`` with a tunnel instead of a socket.
+
+    ``app`` and every uvicorn option but those about sockets mean what they mean there. Different defaults:
+    ``http="h11"``, ``proxy_headers=False`` (the visitor's address comes from the tunnel, so anything a visitor
+    claims is untrusted), ``timeout_graceful_shutdown=10``.
+
+    The tunnel: ``domain``, ``key`` (or ``key_file``, or SMALLWARE_KEY), ``key_id``, ``server_url``,
+    ``trust_ca``, ``allow_insecure_server`` as in ``TunnelConfig``. ``public_url`` is what visitors open if it
+    is not ``https://<domain>``. With ``local=True`` an embedded relay on loopback serves visitors on ``port``
+    (0: any free one; ``tls=True``: https) and neither domain nor key is needed. ``standby`` is how many
+    WebSockets wait when nobody is connected. ``timeout_first_byte``, ``timeout_request_head`` and
+    ``timeout_request_body`` are deadlines for visitors in seconds, 0 for none.
+
+    Raises:
+        ConfigError: an option cannot work. Nothing has been dialled.
+    """
+
+    def __init__(
+        self,
+        app: Any,
+        *,
+        domain: str | None = None,
+        key: str | None = None,
+        key_file: str | os.PathLike[str] | None = None,
+        key_id: str | None = None,
+        server_url: str | None = None,
+        trust_ca: str | os.PathLike[str] | None = None,
+        allow_insecure_server: bool = False,
+        public_url: str | None = None,
+        local: bool = False,
+        port: int = 8000,
+        tls: bool = False,
+        standby: int = STANDBY,
+        timeout_first_byte: float = Timeouts.first_byte,
+        timeout_request_head: float = Timeouts.head,
+        timeout_request_body: float = Timeouts.body,
+        **uvicorn_options: Any,
+    ) -> None:
+        for name in SOCKET_OPTIONS & uvicorn_options.keys():
+            raise ConfigError(f"{name!r} is about a socket, and a tunnel opens no port: leave it out")
+        if standby < 1:
+            raise ConfigError("standby must be at least 1: no visitor can come without a waiting WebSocket")
+        options = {
+            "http": "h11",
+            "proxy_headers": False,
+            "timeout_graceful_shutdown": GRACEFUL_SHUTDOWN,
+            "log_config": logging_config(),
+        }
+        given = {name: value for name, value in uvicorn_options.items() if name not in options or value is not None}
+        super().__init__(app, port=port, **(options | given))
+
+        self.local = local
+        self.tls = tls
+        self.standby = standby
+        self.timeouts = Timeouts(timeout_first_byte, timeout_request_head, timeout_request_body)
+        self.public_url = PublicURL.parse(public_url) if public_url else None
+        self.tunnel: TunnelConfig | None = None
+        if local:
+            if domain or server_url:
+                raise ConfigError("--local brings its own domain and server: leave out --domain and --server")
+        else:
+            self.tunnel = _tunnel_config(
+                domain=domain,
+                key=key or (read_key_file(key_file) if key_file else None),
+                key_id=key_id,
+                server_url=server_url,
+                trust_ca=trust_ca,
+                allow_insecure_server=allow_insecure_server,
+            )
+            if self.public_url is None:
+                self.public_url = PublicURL("https", self.tunnel.domain.lower(), 443)
+
+    @contextlib.contextmanager
+    def embedded_relay(self) -> Generator[None]:
+        """With ``local``, run the relay and point the tunnel at it; otherwise, or if that is done, nothing.
+
+        Raises:
+            RelayFailed: the port cannot be opened.
+        """
+        if self.tunnel is not None:
+            yield
+            return
+        with LocalRelay(port=self.port, tls=self.tls) as relay:
+            self.tunnel = relay.tunnel_config
+            given, self.public_url = self.public_url, self.public_url or PublicURL.parse(relay.url)
+            if relay.ca_path is not None:
+                logger.info("Development CA for this machine: %s (curl --cacert, or import it)", relay.ca_path)
+            try:
+                yield
+            finally:
+                self.tunnel, self.public_url = None, given
+
+    def configure_logging(self) -> None:
+        super().configure_logging()
+        if self.log_level is not None:
+            logging.getLogger("tunnel_asgi").setLevel(logging.getLogger("uvicorn.error").level)
+
+    def load_app(self) -> Any:
+        """Import the app.
+
+        Raises:
+            AppLoadFailed: the module or attribute does not exist, or is not callable. An exception raised
+                inside the module is passed on as it is.
+        """
+        try:
+            app = uvicorn.config.import_from_string(self.app)
+        except uvicorn.config.ImportFromStringError as error:
+            raise AppLoadFailed(f"cannot load the app: {error}") from error
+        if not callable(app):
+            raise AppLoadFailed(f"{_app_name(self.app)} is not an ASGI app: it is of type {type(app).__name__}")
+        return app
+
+    def load(self) -> None:
+        """Load the app, the parsers and the lifespan.
+
+        Raises:
+            AppLoadFailed: as ``load_app``; also when what it names, or the factory returns, is not an ASGI app.
+            ConfigError: a parser that is not installed was asked for.
+        """
+        self._choose_parser()
+        try:
+            super().load()
+        except SystemExit as error:  # uvicorn has logged why
+            raise AppLoadFailed(f"the factory {_app_name(self.app)} could not be called without arguments") from error
+        if not callable(self.loaded_app):
+            raise AppLoadFailed(f"{_app_name(self.app)} returned a {type(self.loaded_app).__name__}, not an ASGI app")
+
+    def _choose_parser(self) -> None:
+        if self.http not in ("auto", "h11", "httptools"):
+            return  # a parser of the user's own, or one whose rules we do not know
+        try:
+            self.http = guarded("h11" if self.http == "h11" else "httptools", self.timeouts)
+        except ImportError as error:
+            if self.http == "httptools":
+                raise ConfigError("httptools is not installed: pip install 'tunnel-asgi[fast]'") from error
+            self.http = guarded("h11", self.timeouts)
+
+
+def _tunnel_config(**given: Any) -> TunnelConfig:
+    return TunnelConfig.from_env(**{name: value for name, value in given.items() if value})
+
+
+def _app_name(app: Any) -> str:
+    return repr(app) if isinstance(app, str) else f"the app ({type(app).__name__})"
+
+
+class Server(uvicorn.Server):
+    """uvicorn's server over a tunnel.
+
+    ``await serve()`` returns when ``should_exit`` is set or a signal came, and raises when the tunnel fails for
+    good. ``on_started`` is called once visitors can come; the default logs the public URL.
+    """
+
+    config: Config
+
+    def __init__(self, config: Config, *, on_started: Callable[[], None] | None = None) -> None:
+        self._on_started = on_started or self.announce
+        self._exit_event: asyncio.Event | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        super().__init__(config)
+        self.pool: TunnelPool | None = None
+
+    @property
+    def should_exit(self) -> bool:
+        """Set it to end ``serve()`` gracefully, from any thread or a signal handler."""
+        return self._should_exit
+
+    @should_exit.setter
+    def should_exit(self, value: bool) -> None:
+        self._should_exit = value
+        if value and self._loop is not None and self._exit_event is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._exit_event.set)
+
+    async def serve(self, sockets: None = None) -> None:
+        """Serve until told to stop. Cancelling shuts down cleanly, too.
+
+        Raises:
+            ConfigError: the app cannot be loaded.
+            LifespanFailed: the app refused to start.
+            TunnelError: the tunnel failed for good: before it opened, or later and the last visitor is gone.
+        """
+        with self.capture_signals():
+            if not self.config.loaded:
+                self.config.load()
+            with self.config.embedded_relay():
+                await self._serve()
+
+    async def _serve(self, sockets: None = None) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._exit_event = asyncio.Event()
+        self.lifespan = self.config.lifespan_class(self.config)
+        logger.info("Started server process [%d]", os.getpid())
+        await self._start_lifespan()
+        try:
+            await self._open_pool()
+            if not self.should_exit:
+                await self.main_loop()
+        finally:
+            await self.shutdown()
+        logger.info("Finished server process [%d]", os.getpid())
+        if self.pool is not None and self.pool.failure is not None:
+            raise self.pool.failure
+
+    async def _start_lifespan(self) -> None:
+        await self.lifespan.startup()
+        if self.lifespan.should_exit:
+            raise LifespanFailed
+
+    async def _open_pool(self) -> None:
+        """Return once a WebSocket waits, or ``should_exit`` is set."""
+        assert self.config.tunnel is not None
+        assert self.config.public_url is not None
+        public = self.config.public_url
+        self.pool = TunnelPool(
+            self.config.tunnel,
+            self._make_protocol,
+            standby=lambda visitors: min(max(self.config.standby, visitors), MAX_STANDBY),
+            extra={"sockname": (public.host, public.port), "sslcontext": public.scheme == "https" or None},
+        )
+        self.servers = [self.pool]  # type: ignore[list-item]
+        await self.on_tick(0)  # default headers, for a visitor who comes at once
+        await self.pool.start_serving()
+        await self._until_ready(self.pool)
+        if self.should_exit:
+            return
+        self.started = True
+        self._on_started()
+
+    def announce(self) -> None:
+        """Say where the app can be reached."""
+        logger.info("Serving at %s (Press CTRL+C to quit)", self.config.public_url)
+
+    async def _until_ready(self, pool: TunnelPool) -> None:
+        assert self._exit_event is not None
+        ready = asyncio.ensure_future(pool.wait_ready())
+        stop = asyncio.ensure_future(self._exit_event.wait())
+        try:
+            await asyncio.wait({ready, stop}, return_when=asyncio.FIRST_COMPLETED)
+            if ready.done():
+                ready.result()
+        finally:
+            for waiter in (ready, stop):
+                waiter.cancel()
+            await asyncio.gather(ready, stop, return_exceptions=True)
+
+    def _make_protocol(self) -> asyncio.Protocol:
+        return self.config.http_protocol_class(  # type: ignore[call-arg]
+            config=self.config, server_state=self.server_state, app_state=self.lifespan.state, _loop=self._loop
+        )
+
+    async def on_tick(self, counter: int) -> bool:
+        over = self.pool is not None and self.pool.failure is not None
+        return await super().on_tick(counter) or over
+
+    async def shutdown(self, sockets: None = None) -> None:
+        """Stop waiting, finish what is in flight, end the lifespan, close the tunnel."""
+        if self.pool is None:
+            self.servers = []
+        await super().shutdown()
+        if self.pool is not None:
+            self.pool.close_clients()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(0 if self.force_exit else LAST_WORDS):
+                    await self.pool.wait_closed()
+            await self.pool.aclose()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """The first signal drains, the second one of either kind forces."""
+        self._captured_signals.append(sig)
+        if self.should_exit:
+            self.force_exit = True
+        self.should_exit = True
+
+
+async def serve(app: Any, **options: Any) -> None:
+    """Serve ``app`` inside a running loop until cancelled or a signal comes. Options: see ``Config``.
+
+    Raises:
+        TunnelError: as ``Config`` and ``Server.serve``. It never exits the process.
+    """
+    await Server(Config(app, **options)).serve()
