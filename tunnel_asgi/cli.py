@@ -8,8 +8,9 @@ from importlib.metadata import version
 from typing import Any, NoReturn
 
 import click
-import uvicorn.main
+from click.core import ParameterSource
 from uvicorn.config import STARTUP_FAILURE
+from uvicorn.main import main as uvicorn_command
 
 from tunnel_asgi.config import DEFAULT_SERVER_URL
 from tunnel_asgi.errors import TunnelError
@@ -33,7 +34,7 @@ EPILOG = "Without an account: tunnel-asgi main:app --local"
 
 def _uvicorn_parameters() -> list[click.Parameter]:
     """uvicorn's own parameters, those about sockets left out."""
-    taken = [copy.copy(one) for one in uvicorn.main.main.params if one.name not in IGNORED_UVICORN_OPTIONS]
+    taken = [copy.copy(one) for one in uvicorn_command.params if one.name not in IGNORED_UVICORN_OPTIONS]
     for parameter in taken:
         if parameter.name in DIFFERENT_DEFAULTS:
             parameter.default = DIFFERENT_DEFAULTS[parameter.name]
@@ -81,7 +82,9 @@ def _fail(message: object, code: int) -> NoReturn:
     type=click.Path(dir_okay=False),
     help="PEM file with a CA to trust in addition to the system's.",
 )
-@click.option("--allow-insecure-server", is_flag=True, help="Allow ws:// to another machine. The token travels in clear.")
+@click.option(
+    "--allow-insecure-server", is_flag=True, help="Allow ws:// to another machine. The token travels in clear."
+)
 @click.option(
     "--public-url",
     metavar="URL",
@@ -89,7 +92,11 @@ def _fail(message: object, code: int) -> NoReturn:
 )
 @click.option("--local", is_flag=True, help="No account: an embedded relay on loopback serves visitors.")
 @click.option(
-    "--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="With --local: port; 0 for any free one."
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=8000,
+    show_default=True,
+    help="With --local: port; 0 for any free one.",
 )
 @click.option("--tls", is_flag=True, help="With --local: https, with a development CA made on the spot.")
 @click.option(
@@ -121,12 +128,13 @@ def _fail(message: object, code: int) -> NoReturn:
     help="Seconds a visitor may pause within a request body.",
 )
 @click.version_option(version("tunnel-asgi"), prog_name="tunnel-asgi")
-def tunnel_asgi(**options: Any) -> None:
+@click.pass_context
+def tunnel_asgi(context: click.Context, /, **options: Any) -> None:
     """Serve the ASGI app APP, such as main:app, through a tunnel. No port is opened.
 
     The access key comes from SMALLWARE_KEY or --key-file.
     """
-    if options["key"]:
+    if context.get_parameter_source("key") is ParameterSource.COMMANDLINE:
         click.secho(
             "Warning: --key shows in the process list; set SMALLWARE_KEY or use --key-file instead.",
             err=True,

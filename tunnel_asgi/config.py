@@ -16,7 +16,7 @@ from websockets.uri import WebSocketURI, parse_uri
 
 from tunnel_asgi.auth import AccessKey
 from tunnel_asgi.domain import DEFAULT_SUFFIX, TunnelDomain
-from tunnel_asgi.errors import ConfigError, InvalidDomain, InvalidKey, InvalidServerURL
+from tunnel_asgi.errors import ConfigError, InvalidKey, InvalidServerURL
 
 __all__ = ["DEFAULT_SERVER_URL", "PublicURL", "TunnelConfig", "read_key_file"]
 
@@ -80,7 +80,10 @@ class TunnelConfig:
         server_uri = _parse_server_url(self.server_url, self.allow_insecure_server)
         suffix = DEFAULT_SUFFIX if self.server_url.rstrip("/") == DEFAULT_SERVER_URL else None
         if not self.domain:
-            raise InvalidDomain("", "no domain was given")
+            raise ConfigError(
+                "no domain: use --domain <service>-<name>-<customer>.<shard>.smallware.io, "
+                "or --local to try it without an account"
+            )
         domain = TunnelDomain.parse(self.domain, suffix=suffix)
         if not self.key:
             raise InvalidKey("no access key: set SMALLWARE_KEY or use --key-file (or --local, which needs none)")

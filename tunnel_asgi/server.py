@@ -5,11 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import copy
-import inspect
 import logging
 import os
-import signal
-import sys
+import socket
 from collections.abc import Callable, Generator
 from types import FrameType
 from typing import Any
@@ -17,9 +15,10 @@ from typing import Any
 import uvicorn
 import uvicorn.config
 import uvicorn.server
+from uvicorn.importer import ImportFromStringError, import_from_string
 
-from tunnel_asgi.config import DEFAULT_SERVER_URL, PublicURL, TunnelConfig, read_key_file
-from tunnel_asgi.errors import AppLoadFailed, ConfigError, LifespanFailed, TunnelError
+from tunnel_asgi.config import PublicURL, TunnelConfig, read_key_file
+from tunnel_asgi.errors import AppLoadFailed, ConfigError, LifespanFailed
 from tunnel_asgi.guard import Timeouts, guarded
 from tunnel_asgi.local import LocalRelay
 from tunnel_asgi.pool import TunnelPool
@@ -34,8 +33,21 @@ MAX_STANDBY = 32  # WebSockets waiting, however many visitors there are
 LAST_WORDS = 1.0  # seconds for what cancelled requests still answer
 
 SOCKET_OPTIONS = frozenset(
-    "host uds fd backlog http2 ssl_keyfile ssl_certfile ssl_keyfile_password ssl_version ssl_cert_reqs "
-    "ssl_ca_certs ssl_ciphers ssl_context_factory".split()
+    {
+        "host",
+        "uds",
+        "fd",
+        "backlog",
+        "http2",  # needs ALPN, and the visitor's TLS ends at the tunnel server
+        "ssl_keyfile",
+        "ssl_certfile",
+        "ssl_keyfile_password",
+        "ssl_version",
+        "ssl_cert_reqs",
+        "ssl_ca_certs",
+        "ssl_ciphers",
+        "ssl_context_factory",
+    }
 )
 """uvicorn's options that only make sense for a port of one's own."""
 
@@ -90,7 +102,7 @@ class Config(uvicorn.Config):
             raise ConfigError(f"{name!r} is about a socket, and a tunnel opens no port: leave it out")
         if standby < 1:
             raise ConfigError("standby must be at least 1: no visitor can come without a waiting WebSocket")
-        options = {
+        options: dict[str, Any] = {
             "http": "h11",
             "proxy_headers": False,
             "timeout_graceful_shutdown": GRACEFUL_SHUTDOWN,
@@ -117,8 +129,9 @@ class Config(uvicorn.Config):
                 trust_ca=trust_ca,
                 allow_insecure_server=allow_insecure_server,
             )
+            self.tunnel.make_ssl_context()  # an unreadable CA must show before the app starts
             if self.public_url is None:
-                self.public_url = PublicURL("https", self.tunnel.domain.lower(), 443)
+                self.public_url = PublicURL("https", str(self.tunnel.tunnel_domain), 443)
 
     @contextlib.contextmanager
     def embedded_relay(self) -> Generator[None]:
@@ -153,9 +166,9 @@ class Config(uvicorn.Config):
                 inside the module is passed on as it is.
         """
         try:
-            app = uvicorn.config.import_from_string(self.app)
-        except uvicorn.config.ImportFromStringError as error:
-            raise AppLoadFailed(f"cannot load the app: {error}") from error
+            app = import_from_string(self.app)
+        except ImportFromStringError as error:
+            raise AppLoadFailed(f"cannot load the app: {error} It is named like main:app.") from error
         if not callable(app):
             raise AppLoadFailed(f"{_app_name(self.app)} is not an ASGI app: it is of type {type(app).__name__}")
         return app
@@ -221,8 +234,8 @@ class Server(uvicorn.Server):
         if value and self._loop is not None and self._exit_event is not None and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._exit_event.set)
 
-    async def serve(self, sockets: None = None) -> None:
-        """Serve until told to stop. Cancelling shuts down cleanly, too.
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        """Serve until told to stop. Cancelling shuts down cleanly, too. ``sockets`` has no meaning here.
 
         Raises:
             ConfigError: the app cannot be loaded.
@@ -235,7 +248,7 @@ class Server(uvicorn.Server):
             with self.config.embedded_relay():
                 await self._serve()
 
-    async def _serve(self, sockets: None = None) -> None:
+    async def _serve(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
         self._exit_event = asyncio.Event()
         self.lifespan = self.config.lifespan_class(self.config)
@@ -302,7 +315,7 @@ class Server(uvicorn.Server):
         over = self.pool is not None and self.pool.failure is not None
         return await super().on_tick(counter) or over
 
-    async def shutdown(self, sockets: None = None) -> None:
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Stop waiting, finish what is in flight, end the lifespan, close the tunnel."""
         if self.pool is None:
             self.servers = []
