@@ -1,7 +1,9 @@
 """Serve an ASGI app through a tunnel: the tunnel is the server, no port is opened.
 
-tunnel_asgi.run("main:app", domain="www-x-cust.e0.smallware.io", reload=True)  # blocking
-await tunnel_asgi.serve(app, domain="www-x-cust.e0.smallware.io")              # inside a running loop
+In short::
+
+    tunnel_asgi.run("main:app", domain="www-x-cust.e0.smallware.io", reload=True)  # blocking
+    await tunnel_asgi.serve(app, domain="www-x-cust.e0.smallware.io")  # inside a running loop
 """
 
 from importlib.metadata import version

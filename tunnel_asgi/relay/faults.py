@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import partial
 
 from tunnel_asgi.relay.head import Refused
 
@@ -15,7 +16,7 @@ class DialFaults:
     """The fault verbs about dials. They hold for the dials that come after the call."""
 
     def __init__(self) -> None:
-        self._refusal: Refused | None = None
+        self._refusal: Callable[[], Refused] | None = None
         self._refusals_left: int | None = None
         self._delay = 0.0
         self._answering = asyncio.Event()
@@ -27,7 +28,7 @@ class DialFaults:
 
         ``headers`` replace those of the same name, ``Date`` for instance.
         """
-        self._refusal = Refused(status, "this dial is refused on purpose", headers)
+        self._refusal = partial(Refused, status, "this dial is refused on purpose", headers)
         self._refusals_left = times
 
     def delay(self, seconds: float) -> None:
@@ -43,21 +44,22 @@ class DialFaults:
         self._refusal = None
         self._answering.set()
 
-    async def _dial_fault(self) -> Refused | None:
-        """Wait as long as this dial shall wait; how to refuse it, if it is to be refused."""
+    async def _dial_fault(self) -> None:
+        """Wait as long as this dial shall wait.
+
+        Raises:
+            Refused: it is one of those to be refused.
+        """
         if self._delay:
             with suppress(TimeoutError):
                 async with asyncio.timeout(self._delay):
                     await self._faults_over.wait()
         await self._answering.wait()
-        return self._next_refusal()
-
-    def _next_refusal(self) -> Refused | None:
-        if self._refusals_left == 0:
-            return None
-        if self._refusal is not None and self._refusals_left is not None:
+        if self._refusal is None or self._refusals_left == 0:
+            return
+        if self._refusals_left is not None:
             self._refusals_left -= 1
-        return self._refusal
+        raise self._refusal()
 
     def _end_dial_faults(self) -> None:
         """Let every dial go that waits for us, for good."""

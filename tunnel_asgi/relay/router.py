@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict, deque
+from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
 from tunnel_asgi.domain import TunnelDomain
@@ -28,20 +29,26 @@ class _Held:
 class Router:
     """Pairs visitors with tunnels of the same domain. At no moment do both wait for the same name."""
 
-    def __init__(self, hold_timeout: float) -> None:
+    def __init__(self, hold_timeout: float, changed: Callable[[], None]) -> None:
         self._hold_timeout = hold_timeout
+        self._changed = changed
         self._waiting: defaultdict[TunnelDomain, deque[Tunnel]] = defaultdict(deque)
         self._held: defaultdict[TunnelDomain, deque[_Held]] = defaultdict(deque)
 
+    @property
+    def held(self) -> int:
+        """How many visitors are held now."""
+        return sum(map(len, self._held.values()))
+
     def offer(self, tunnel: Tunnel) -> None:
         """Give the tunnel the visitor held longest, or let it wait behind the others."""
-        held = _pop(self._held, tunnel.domain)
-        if held is None:
-            self._waiting[tunnel.domain].append(tunnel)
-            return
-        tunnel.assign(held.visitor)
-        held.tunnel = tunnel
-        held.visitor.wake()
+        while held := _pop(self._held, tunnel.domain):
+            if not held.visitor.gone:
+                tunnel.assign(held.visitor)
+                held.tunnel = tunnel
+                held.visitor.wake()
+                return
+        self._waiting[tunnel.domain].append(tunnel)
 
     def withdraw(self, tunnel: Tunnel) -> None:
         """The tunnel takes no visitor any more."""
@@ -52,15 +59,18 @@ class Router:
 
         Returns None if the time is up, or the visitor went away meanwhile (``visitor.gone``).
         """
+        if visitor.lost:
+            return None
         tunnel = _pop(self._waiting, domain)
-        if tunnel is not None:
-            tunnel.assign(visitor)
-            return tunnel
-        return await self._hold(_Held(visitor), domain)
+        if tunnel is None:
+            return await self._hold(_Held(visitor), domain)
+        tunnel.assign(visitor)
+        return tunnel
 
     async def _hold(self, held: _Held, domain: TunnelDomain) -> Tunnel | None:
         # Whoever comes back from a lost WebSocket came before all others.
         self._held[domain].insert(0 if held.visitor.rerouted else len(self._held[domain]), held)
+        self._changed()
         try:
             async with asyncio.timeout(self._hold_timeout):
                 while held.tunnel is None and not held.visitor.gone:
@@ -69,6 +79,7 @@ class Router:
             pass  # a tunnel may have come at the same moment
         finally:
             _discard(self._held, domain, held)
+            self._changed()
         return held.tunnel
 
 

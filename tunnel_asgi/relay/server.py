@@ -7,8 +7,8 @@ import email.utils
 import logging
 import ssl
 import time
-from collections.abc import Callable, Mapping
-from contextlib import AsyncExitStack, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AsyncExitStack, contextmanager, suppress
 from functools import partial
 from types import TracebackType
 from typing import Self, cast
@@ -95,12 +95,17 @@ class Relay(DialFaults):
         self._head_timeout = head_timeout
         self._clock = clock
         self._tokens = TokenChecker(keys, clock)
-        self._router = Router(hold_timeout)
+        self._router = Router(hold_timeout, self._changed)
         self._watchers: list[tuple[Callable[[Relay], bool], asyncio.Future[None]]] = []
         self._visitor_tasks: set[asyncio.Task[None]] = set()
         self._wires: set[Wire] = set()
         self._closed = False
         self._closing = AsyncExitStack()
+
+    @property
+    def held(self) -> int:
+        """Visitors for whom no WebSocket waits yet."""
+        return self._router.held
 
     # Life
 
@@ -218,11 +223,10 @@ class Relay(DialFaults):
         """None to open the WebSocket, else how to refuse it."""
         self.dials += 1
         self._changed()
-        fault = await self._dial_fault()
-        if fault is not None:
-            return self._refuse_dial(fault)
         try:
-            cast(Wire, ws).domain = self._judge_dial(request)
+            with _report_failure("a dial", expected=Refused):
+                await self._dial_fault()
+                cast(Wire, ws).domain = self._judge_dial(request)
         except Refused as refused:
             return self._refuse_dial(refused)
         return None
@@ -256,7 +260,8 @@ class Relay(DialFaults):
         self.tunnels.append(tunnel)
         logger.debug("a client connected for %s", tunnel.domain)
         try:
-            await tunnel.run()
+            with _report_failure("a client's WebSocket"):
+                await tunnel.run()
         finally:
             self.tunnels.remove(tunnel)
             logger.debug("a client of %s disconnected", tunnel.domain)
@@ -280,7 +285,7 @@ class Relay(DialFaults):
     def _visitor_done(self, task: asyncio.Task[None]) -> None:
         self._visitor_tasks.discard(task)
         if not task.cancelled() and task.exception() is not None:
-            logger.error("a visitor's task failed", exc_info=task.exception())
+            logger.error("serving a visitor failed", exc_info=task.exception())
 
     async def _serve_visitor(self, visitor: Visitor) -> None:
         logger.debug("%s: a visitor connected", visitor.id)
@@ -353,3 +358,15 @@ class Relay(DialFaults):
                     pass
         visitor.close()
         await visitor.wait_lost()
+
+
+@contextmanager
+def _report_failure(what: str, expected: type[Exception] | tuple[()] = ()) -> Iterator[None]:
+    """Log our own bugs: websockets would report them to the logger nobody reads."""
+    try:
+        yield
+    except expected:
+        raise
+    except Exception:
+        logger.exception("serving %s failed", what)
+        raise

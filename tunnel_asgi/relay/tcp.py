@@ -22,7 +22,9 @@ def reset(transport: asyncio.Transport) -> None:
 
     ``abort()`` alone sends a FIN, which the peer cannot tell from the good end of a response.
     """
-    transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_ZERO)
+    sock = transport.get_extra_info("socket")
+    if sock is not None:  # with TLS it goes before the transport does
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_ZERO)
     transport.abort()
 
 

@@ -93,9 +93,9 @@ class Tunnel:
             LocalProtocolError: no visitor is connected, or it was dropped already.
         """
         message = self._side.send_drop(reason)
-        if self.visitor is not None:
-            self.visitor.dropped = True
-            self.visitor.abort()
+        visitor = cast(Visitor, self.visitor)
+        visitor.dropped = True
+        visitor.abort()
         await self._ws.send(message)
 
     async def send_raw(self, message: str | bytes) -> None:

@@ -149,9 +149,7 @@ class Visitor(asyncio.Protocol):
         self._raise_if_over()
         data = bytes(self._buffer[:CHUNK])
         del self._buffer[:CHUNK]
-        if self._reading_paused and len(self._buffer) < BUFFER_LIMIT:
-            self._reading_paused = False
-            self.transport.resume_reading()
+        self._resume_reading()
         return data
 
     async def wait_lost(self) -> None:
@@ -254,6 +252,11 @@ class Visitor(asyncio.Protocol):
             raise Rerouted
         if self._failure is not None:
             raise VisitorLost(self._failure)
+
+    def _resume_reading(self) -> None:
+        if self._reading_paused and not self._closing and len(self._buffer) < BUFFER_LIMIT:
+            self._reading_paused = False
+            self.transport.resume_reading()
 
     def _limit_reading(self) -> None:
         if not self._handshaking and not self._reading_paused and len(self._buffer) >= BUFFER_LIMIT:

@@ -50,11 +50,15 @@ class Wire(ServerConnection):
 
     def stall(self) -> None:
         """Go silent. What was read or written before is not taken back."""
+        if self._lost:
+            return
         self._flowing.clear()
         self.transport.pause_reading()
 
     def unstall(self) -> None:
         """Send what was held back and read again."""
+        if self._lost:
+            return
         self._flowing.set()
         self.send_data()
         if not self.recv_messages.paused:
@@ -62,13 +66,17 @@ class Wire(ServerConnection):
 
     def cut(self) -> None:
         """Lose the TCP connection with a reset; no close frame."""
-        if not self.connection_lost_waiter.done():
+        if not self._lost:
             reset(self.transport)
 
     def give_up(self) -> None:
         """End at once what no closing handshake can end: an upgrade not yet answered, a silent path."""
         if self.state is State.CONNECTING or not self._flowing.is_set():
             self.transport.abort()
+
+    @property
+    def _lost(self) -> bool:
+        return self.connection_lost_waiter.done()
 
     def _resume_reading(self) -> None:
         if self._flowing.is_set():

@@ -1,0 +1,160 @@
+"""What tests about the network share: a bounded event loop that must end clean, clients, visitors, TLS."""
+
+from __future__ import annotations
+
+import asyncio
+import datetime
+import functools
+import gc
+import ipaddress
+import ssl
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+from typing import Any, ParamSpec
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+from websockets.asyncio.client import ClientConnection, connect
+
+from tunnel_asgi.auth import AccessKey, JwtManager
+from tunnel_asgi.domain import TunnelDomain
+from tunnel_asgi.relay import Relay
+
+TEST_TIMEOUT = 20.0  # seconds: far beyond any good run
+
+CUSTOMER = "acme"
+KEY_ID = "test-key"
+SECRET = "sesame"
+KEYS = {CUSTOMER: {KEY_ID: SECRET}, "other": {"other-key": "open"}}
+DOMAIN = TunnelDomain.parse("www-app-acme.t00.smallware.io")
+
+P = ParamSpec("P")
+
+
+def run_async(test: Callable[P, Coroutine[Any, Any, None]]) -> Callable[P, None]:
+    """Run the test in a loop of its own: bounded, and without a task or an unheard exception left at its end."""
+
+    @functools.wraps(test)
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        unheard: list[dict[str, Any]] = []
+
+        async def bounded() -> None:
+            asyncio.get_running_loop().set_exception_handler(lambda loop, context: unheard.append(context))
+            async with asyncio.timeout(TEST_TIMEOUT):
+                await test(*args, **kwargs)
+            left = asyncio.all_tasks() - {asyncio.current_task()}
+            assert not left, f"tasks are left: {left}"
+
+        asyncio.run(bounded())
+        gc.collect()  # so that an unclosed socket complains here
+        assert not unheard
+
+    return run
+
+
+def make_token(customer_id: str = CUSTOMER, *, key_id: str = KEY_ID, secret: str = SECRET) -> str:
+    """A good token for the keys above."""
+    return JwtManager(AccessKey(key_id, secret), customer_id).get_token()
+
+
+def dial(relay: Relay, domain: TunnelDomain = DOMAIN, *, token: str | None = None, **options: Any) -> connect:
+    """A raw client: ``async with dial(relay) as ws`` or ``await dial(relay)``."""
+    headers = {"Authorization": f"Bearer {make_token(domain.customer_id) if token is None else token}"}
+    options = {"additional_headers": headers, "compression": None, "proxy": None, "close_timeout": 1} | options
+    return connect(f"{relay.server_url}/{domain}", **options)
+
+
+@asynccontextmanager
+async def serving(
+    *, clients: int = 1, domain: TunnelDomain | None = DOMAIN, **options: Any
+) -> AsyncIterator[tuple[Relay, list[ClientConnection]]]:
+    """A relay for ``DOMAIN`` at which this many raw clients wait, in the order of the list."""
+    async with Relay(keys=KEYS, domain=domain, **options) as relay:
+        ends = []
+        try:
+            for n in range(clients):
+                ends.append(await dial(relay))
+                await relay.wait_for_waiting(n + 1)
+            yield relay, ends
+        finally:
+            for ws in ends:
+                await ws.close()
+
+
+class Visitor:
+    """A raw visitor of a relay: ``async with visiting(relay) as visitor``."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.reader = reader
+        self.writer = writer
+
+    async def send(self, data: bytes) -> None:
+        self.writer.write(data)
+        await self.writer.drain()
+
+    def send_eof(self) -> None:
+        self.writer.write_eof()
+
+    async def read(self, n: int) -> bytes:
+        """Exactly ``n`` bytes."""
+        return await self.reader.readexactly(n)
+
+    async def read_all(self) -> bytes:
+        """Everything up to the end.
+
+        Raises:
+            ConnectionResetError: the end was none.
+        """
+        return await self.reader.read()
+
+    async def close(self) -> None:
+        self.writer.close()
+        with suppress(OSError):
+            await self.writer.wait_closed()
+
+    def reset(self) -> None:
+        """Fail: a TCP reset."""
+        from tunnel_asgi.relay.tcp import reset
+
+        reset(self.writer.transport)
+
+
+@asynccontextmanager
+async def visiting(relay: Relay, **options: Any) -> AsyncIterator[Visitor]:
+    """A visitor at the relay's visitors' port, closed at the end."""
+    visitor = Visitor(*await asyncio.open_connection("127.0.0.1", relay.port, **options))
+    try:
+        yield visitor
+    finally:
+        await visitor.close()
+
+
+def make_tls_contexts(folder: Path) -> tuple[ssl.SSLContext, ssl.SSLContext]:
+    """Server and client context of a throwaway certificate for 127.0.0.1."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "127.0.0.1")])
+    now = datetime.datetime.now(datetime.UTC)
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(hours=1))
+        .not_valid_after(now + datetime.timedelta(hours=1))
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    certificate_file, key_file = folder / "certificate.pem", folder / "key.pem"
+    certificate_file.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+    key_file.write_bytes(
+        key.private_bytes(
+            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+        )
+    )
+    server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    server.load_cert_chain(certificate_file, key_file)
+    return server, ssl.create_default_context(cafile=str(certificate_file))

@@ -1,0 +1,5 @@
+"""``python -m tunnel_asgi``."""
+
+from tunnel_asgi.cli import tunnel_asgi
+
+tunnel_asgi()
