@@ -11,7 +11,7 @@ import ssl
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
-from typing import Any, ParamSpec
+from typing import Any, ParamSpec, cast
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
@@ -22,6 +22,9 @@ from websockets.asyncio.client import ClientConnection, connect
 from tunnel_asgi.auth import AccessKey, JwtManager
 from tunnel_asgi.domain import TunnelDomain
 from tunnel_asgi.relay import Relay
+from tunnel_asgi.relay.tcp import reset
+
+gc.freeze()  # what was imported is no garbage: ``run_async`` need not look through it each time
 
 TEST_TIMEOUT = 20.0  # seconds: far beyond any good run
 
@@ -115,17 +118,24 @@ class Visitor:
         with suppress(OSError):
             await self.writer.wait_closed()
 
+    def pause(self) -> None:
+        """Read nothing more from the socket."""
+        self.reader._transport.pause_reading()  # type: ignore[attr-defined]
+
+    def resume(self) -> None:
+        self.reader._transport.resume_reading()  # type: ignore[attr-defined]
+
     def reset(self) -> None:
         """Fail: a TCP reset."""
-        from tunnel_asgi.relay.tcp import reset
-
-        reset(self.writer.transport)
+        reset(cast(asyncio.Transport, self.writer.transport))
 
 
 @asynccontextmanager
-async def visiting(relay: Relay, **options: Any) -> AsyncIterator[Visitor]:
-    """A visitor at the relay's visitors' port, closed at the end."""
-    visitor = Visitor(*await asyncio.open_connection("127.0.0.1", relay.port, **options))
+async def visiting(
+    relay: Relay, *, ssl: ssl.SSLContext | None = None, port: int | None = None
+) -> AsyncIterator[Visitor]:
+    """A visitor at the relay's visitors' port (or at another one), closed at the end."""
+    visitor = Visitor(*await asyncio.open_connection("127.0.0.1", port or relay.port, ssl=ssl))
     try:
         yield visitor
     finally:
@@ -151,9 +161,7 @@ def make_tls_contexts(folder: Path) -> tuple[ssl.SSLContext, ssl.SSLContext]:
     certificate_file, key_file = folder / "certificate.pem", folder / "key.pem"
     certificate_file.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
     key_file.write_bytes(
-        key.private_bytes(
-            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-        )
+        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
     )
     server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     server.load_cert_chain(certificate_file, key_file)

@@ -9,7 +9,7 @@ from typing import Any
 
 import jwt
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from tunnel_asgi.auth import DEFAULT_KEY_ID, AccessKey, JwtManager
@@ -142,7 +142,8 @@ def test_any_text_is_a_key_or_invalid_and_nothing_else(text: str, key_id: str | 
 @settings(deadline=None)
 @given(st.from_regex(r"[a-z0-9]+(\.[a-z0-9]+)*", fullmatch=True), st.from_regex(r"[!-\-/-~]+", fullmatch=True))
 def test_a_key_id_holding_dots_survives_both_dotted_spellings(key_id: str, secret: str) -> None:
-    customer = "ACME"  # unlike any key id drawn above
+    customer = "acme"
+    assume(key_id.partition(".")[0] != customer)
     expected = AccessKey(key_id, secret)
     assert AccessKey.parse(f"{key_id}.{secret}", customer_id=customer) == expected
     assert AccessKey.parse(f"{customer}.{key_id}.{secret}", customer_id=customer) == expected

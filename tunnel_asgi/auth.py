@@ -46,7 +46,7 @@ class AccessKey:
 
         compact = "".join(text.split())
         customer, _, rest = compact.partition(".")
-        if "." in rest and customer == customer_id:
+        if "." in rest and customer.lower() == customer_id:
             text = rest
 
         if "." not in text:

@@ -15,7 +15,8 @@ from uvicorn.main import main as uvicorn_command
 from tunnel_asgi.config import DEFAULT_SERVER_URL
 from tunnel_asgi.errors import TunnelError
 from tunnel_asgi.guard import Timeouts
-from tunnel_asgi.server import GRACEFUL_SHUTDOWN, SOCKET_OPTIONS, STANDBY, logging_config
+from tunnel_asgi.pool import STANDBY
+from tunnel_asgi.server import GRACEFUL_SHUTDOWN, SOCKET_OPTIONS, logging_config
 from tunnel_asgi.supervisor import run
 
 __all__ = ["tunnel_asgi"]

@@ -17,6 +17,7 @@
     ├── WebSocketError              an open WebSocket failed                              (retryable)
     │   └── ProtocolError           the peer broke the tunnel protocol
     ├── LocalProtocolError          our own side would have broken it: a bug
+    ├── IoError                     the local service a visitor is forwarded to failed
     └── ListenerClosed              the listener or pool is closed
 
 Whether dialling again can help is a property of the class: ``retryable`` (PROTOCOL.md 3).
@@ -35,6 +36,7 @@ __all__ = [
     "InvalidDomain",
     "InvalidKey",
     "InvalidServerURL",
+    "IoError",
     "LifespanFailed",
     "ListenerClosed",
     "LocalProtocolError",
@@ -193,6 +195,18 @@ class ProtocolError(WebSocketError):
 
 class LocalProtocolError(TunnelError):
     """Our own side asked for something PROTOCOL.md does not allow in that state."""
+
+
+class IoError(TunnelError):
+    """The local service a visitor is forwarded to cannot be reached, or failed."""
+
+    def __init__(self, target: str, reason: str) -> None:
+        super().__init__(target, reason)
+        self.target = target
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"cannot forward to {self.target}: {self.reason}"
 
 
 class ListenerClosed(TunnelError):

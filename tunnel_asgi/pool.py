@@ -11,7 +11,7 @@ import asyncio
 import logging
 import random
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 from tunnel_asgi.auth import JwtManager
 from tunnel_asgi.config import TunnelConfig
@@ -20,13 +20,15 @@ from tunnel_asgi.errors import ListenerClosed, TunnelError, UpgradeRefused, WebS
 from tunnel_asgi.protocol import Connected
 from tunnel_asgi.transport import TunnelTransport
 
-__all__ = ["Standby", "TunnelPool", "backoff"]
+__all__ = ["MAX_STANDBY", "STANDBY", "Standby", "TunnelPool", "adaptive_standby", "backoff"]
 
 logger = logging.getLogger("tunnel_asgi")
 
 Standby = Callable[[int], int]
 """How many WebSockets shall wait, given how many visitors are connected."""
 
+STANDBY = 4  # WebSockets waiting when nobody is connected: a browser's first burst, nearly
+MAX_STANDBY = 32  # WebSockets waiting, however many visitors there are
 FIRST_DELAY = 1.0  # seconds before the second attempt [S]
 DELAY_GROWTH = 1.5  # [S]
 MAX_DELAY = 30.0  # seconds [S]
@@ -34,6 +36,11 @@ MAX_RETRY_AFTER = 15 * 60.0  # seconds; a server that asks for more is asked aga
 PARALLEL_DIALS = 16  # at once; a burst of TLS handshakes would starve the visitors being served
 SURPLUS_TIME = 5.0  # seconds a WebSocket nobody needs goes on waiting [S]
 YOUNG = 5.0  # seconds; a WebSocket that ends sooner, unused, counts as a failed dial
+
+
+def adaptive_standby(quiet: int = STANDBY) -> Standby:
+    """As many WebSockets wait as visitors are connected, but at least ``quiet`` and at most 32."""
+    return lambda visitors: max(quiet, min(visitors, MAX_STANDBY))
 
 
 def backoff() -> Iterator[float]:
@@ -125,8 +132,7 @@ class TunnelPool(asyncio.AbstractServer):
         """
         try:
             await self.start_serving()
-            await self._wait_until(lambda: self._closed or self.failure is not None)
-            self._raise_if_over()
+            await self.wait_over()
         finally:
             await self.aclose()
 
@@ -169,6 +175,16 @@ class TunnelPool(asyncio.AbstractServer):
         """
         await self._wait_until(lambda: bool(self._waiting or self._busy or self.failure or self._closed))
         self._raise_if_over()
+
+    async def wait_over(self) -> NoReturn:
+        """Wait until no further visitor can come.
+
+        Raises:
+            TunnelError: a failure that no retry can mend.
+            ListenerClosed: the pool was closed.
+        """
+        await self._wait_until(lambda: self._closed or self.failure is not None)
+        raise self.failure or ListenerClosed
 
     async def aclose(self) -> None:
         """Close at once: visitors still connected are reset. Returns when no socket or task is left."""

@@ -37,7 +37,8 @@ _READ_SIDE_DONE = "RDSD"
 _CONNECT = "CONNECT:"
 _DROP = "DROP:"
 
-MAX_TEXT = 8 * 1024  # characters; CONNECT and DROP are one line, more is an attack on memory
+MAX_LOGGED = 200  # characters of a reason or connection id
+MAX_TEXT = 8 * 1024  # bytes; CONNECT and DROP are one line, more is an attack on memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +156,7 @@ class ClientSide(_Side):
             return _parse_connect(message)
         if message.startswith(_DROP) and not self.waiting:
             self._receive(_SERVER_TO_CLIENT, _Move.DROP)
-            return Dropped(message.removeprefix(_DROP).strip())
+            return Dropped(_printable(message.removeprefix(_DROP)))
         return None
 
     def receive_binary(self, data: bytes | bytearray) -> Data | Ended:
@@ -247,14 +248,19 @@ class ServerSide(_Side):
 
 
 def _parse_connect(message: str) -> Connected:
-    fields = [part.strip() for part in message.removeprefix(_CONNECT).split(",")]
-    connection_id = fields[1] if len(fields) > 1 and fields[1] else None
-    return Connected(_parse_ip(fields[0]), connection_id)
+    ip, _, rest = message.removeprefix(_CONNECT).partition(",")
+    return Connected(_parse_ip(ip.strip()), _printable(rest.partition(",")[0]) or None)
+
+
+def _printable(text: str) -> str:
+    """For logs: one line, of a length one can read."""
+    return "".join(character for character in text.strip() if character.isprintable())[:MAX_LOGGED]
 
 
 def _parse_ip(text: str) -> str | None:
     address = text.partition("%")[0]  # a zone id means nothing outside the server, and may hold any text
     try:
-        return str(ipaddress.ip_address(address))
+        parsed = ipaddress.ip_address(address)
     except ValueError:
         return None
+    return str(getattr(parsed, "ipv4_mapped", None) or parsed)

@@ -21,15 +21,13 @@ from tunnel_asgi.config import PublicURL, TunnelConfig, read_key_file
 from tunnel_asgi.errors import AppLoadFailed, ConfigError, LifespanFailed
 from tunnel_asgi.guard import Timeouts, guarded
 from tunnel_asgi.local import LocalRelay
-from tunnel_asgi.pool import TunnelPool
+from tunnel_asgi.pool import STANDBY, TunnelPool, adaptive_standby
 
 __all__ = ["Config", "Server", "serve"]
 
 logger = logging.getLogger("uvicorn.error")
 
 GRACEFUL_SHUTDOWN = 10  # seconds; uvicorn's default is for ever, so one SSE visitor would block Ctrl+C
-STANDBY = 4  # WebSockets waiting when nobody is connected: a browser's first burst, nearly
-MAX_STANDBY = 32  # WebSockets waiting, however many visitors there are
 LAST_WORDS = 1.0  # seconds for what cancelled requests still answer
 
 SOCKET_OPTIONS = frozenset(
@@ -277,7 +275,7 @@ class Server(uvicorn.Server):
         self.pool = TunnelPool(
             self.config.tunnel,
             self._make_protocol,
-            standby=lambda visitors: min(max(self.config.standby, visitors), MAX_STANDBY),
+            standby=adaptive_standby(self.config.standby),
             extra={"sockname": (public.host, public.port), "sslcontext": public.scheme == "https" or None},
         )
         self.servers = [self.pool]  # type: ignore[list-item]

@@ -226,6 +226,8 @@ class Relay(DialFaults):
         try:
             with _report_failure("a dial", expected=Refused):
                 await self._dial_fault()
+                if self._closed:
+                    raise Refused(503, "the relay is closing")
                 cast(Wire, ws).domain = self._judge_dial(request)
         except Refused as refused:
             return self._refuse_dial(refused)

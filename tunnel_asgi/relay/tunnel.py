@@ -241,7 +241,7 @@ class Tunnel:
         self._changed()
         await visitor.wait_lost()
         if not visitor.answered:
-            raise VisitorLost("the visitor is gone")
+            raise VisitorLost(visitor.reason)
 
     async def _send_drop(self, visitor: Visitor, reason: str) -> None:
         if visitor.dropped or self._gone.is_set():

@@ -183,6 +183,11 @@ class Visitor(asyncio.Protocol):
         self.wake()
 
     @property
+    def reason(self) -> str:
+        """How the connection ended."""
+        return self._failure or "the visitor is gone"
+
+    @property
     def gone(self) -> bool:
         """Nobody is there to be served: the connection failed, or ended without a single byte."""
         return self.lost or self._failure is not None or (self._eof and not self._buffer)
@@ -209,8 +214,11 @@ class Visitor(asyncio.Protocol):
             return
         if self._secure:
             self.close()
-        else:
+            return
+        try:
             self.transport.write_eof()
+        except OSError:  # reset by the visitor, which asyncio cannot see while reading is paused
+            self.abort()
 
     def close(self) -> None:
         """Close once everything is written, or after LINGER seconds. Whatever still arrives is discarded."""
