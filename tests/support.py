@@ -7,12 +7,14 @@ import datetime
 import functools
 import gc
 import ipaddress
+import selectors
 import ssl
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, ParamSpec, cast
 
+import httpx
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -23,6 +25,7 @@ from tunnel_asgi.auth import AccessKey, JwtManager
 from tunnel_asgi.domain import TunnelDomain
 from tunnel_asgi.relay import Relay
 from tunnel_asgi.relay.tcp import reset
+from tunnel_asgi.server import Config, Server
 
 gc.freeze()  # what was imported is no garbage: ``run_async`` need not look through it each time
 
@@ -166,3 +169,117 @@ def make_tls_contexts(folder: Path) -> tuple[ssl.SSLContext, ssl.SSLContext]:
     server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     server.load_cert_chain(certificate_file, key_file)
     return server, ssl.create_default_context(cafile=str(certificate_file))
+
+
+# What tests of the ASGI server share
+
+
+class Served:
+    """A server whose visitors come through an embedded relay."""
+
+    def __init__(self, relay: Relay, server: Server, task: asyncio.Task[None]) -> None:
+        self.relay = relay
+        self.server = server
+        self.task = task
+
+    @property
+    def url(self) -> str:
+        """What visitors open."""
+        return self.relay.url
+
+    @property
+    def ws_url(self) -> str:
+        """The same, for a WebSocket client."""
+        return self.relay.url.replace("http", "ws", 1)
+
+    def client(self, **options: Any) -> httpx.AsyncClient:
+        """An HTTP client for visitors: ``async with served.client() as client``."""
+        return httpx.AsyncClient(**{"base_url": self.url, "trust_env": False, **options})
+
+    def open_ws(self, path: str = "/", **options: Any) -> connect:
+        """A WebSocket client for visitors: ``async with served.open_ws("/chat") as ws``."""
+        return connect(self.ws_url + path, **{"proxy": None, **options})
+
+
+def make_server(app: Any, relay: Relay, *, on_started: Callable[[], None] | None = None, **options: Any) -> Server:
+    """A server for ``app`` that dials this relay."""
+    given = {
+        "domain": str(DOMAIN),
+        "key": SECRET,
+        "key_id": KEY_ID,
+        "server_url": relay.server_url,
+        "log_config": None,
+        "standby": 2,
+        **options,
+    }
+    return Server(Config(app, **given), on_started=on_started)
+
+
+@asynccontextmanager
+async def served(app: Any, **options: Any) -> AsyncIterator[Served]:
+    """Serve ``app`` to the visitors of a relay; at the end nothing may be left and no rule broken.
+
+    Raises:
+        TunnelError: as ``Server.serve``.
+    """
+    async with Relay(keys=KEYS, domain=DOMAIN) as relay:
+        started = asyncio.Event()
+        server = make_server(app, relay, on_started=started.set, **options)
+        task = asyncio.create_task(server.serve())
+        starting = asyncio.create_task(started.wait())
+        try:
+            await asyncio.wait({task, starting}, return_when=asyncio.FIRST_COMPLETED)
+            if task.done():
+                await task
+            yield Served(relay, server, task)
+        finally:
+            starting.cancel()
+            server.should_exit = True
+            await asyncio.wait({task, starting})
+        await task
+        assert relay.violations == []
+        assert relay.tunnels == []
+        assert not server.server_state.connections
+        assert not server.server_state.tasks
+
+
+class VirtualClockLoop(asyncio.SelectorEventLoop):
+    """A loop whose clock jumps to the next timer when there is nothing to do. For tests without sockets.
+
+    Waiting for what no timer will bring is an error instead of a hang.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(_JumpingSelector(self))
+        self.now = 0.0
+
+    def time(self) -> float:
+        return self.now
+
+
+class _JumpingSelector(selectors.SelectSelector):
+    def __init__(self, loop: VirtualClockLoop) -> None:
+        super().__init__()
+        self._loop = loop
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        ready = super().select(0)
+        if not ready and timeout is None:
+            raise AssertionError("the test waits for what will never happen")
+        if not ready and timeout:
+            self._loop.now += timeout
+        return ready
+
+
+def run_virtually(test: Callable[P, Coroutine[Any, Any, None]]) -> Callable[P, None]:
+    """Run the test on a virtual clock; it must leave no unheard exception behind."""
+
+    @functools.wraps(test)
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        unheard: list[dict[str, Any]] = []
+        with asyncio.Runner(loop_factory=VirtualClockLoop) as runner:
+            runner.get_loop().set_exception_handler(lambda loop, context: unheard.append(context))
+            runner.run(test(*args, **kwargs))
+        assert not unheard
+
+    return run

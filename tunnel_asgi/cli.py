@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import sys
 from importlib.metadata import version
 from typing import Any, NoReturn
@@ -30,6 +31,9 @@ DIFFERENT_DEFAULTS: dict[str, Any] = {
     "timeout_graceful_shutdown": GRACEFUL_SHUTDOWN,
 }
 
+_HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110 section 5.6.2
+_HEADER_VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")  # section 5.5
+
 EPILOG = "Without an account: tunnel-asgi main:app --local"
 
 
@@ -37,8 +41,9 @@ def _uvicorn_parameters() -> list[click.Parameter]:
     """uvicorn's own parameters, those about sockets left out."""
     taken = [copy.copy(one) for one in uvicorn_command.params if one.name not in IGNORED_UVICORN_OPTIONS]
     for parameter in taken:
-        if parameter.name in DIFFERENT_DEFAULTS:
+        if isinstance(parameter, click.Option) and parameter.name in DIFFERENT_DEFAULTS:
             parameter.default = DIFFERENT_DEFAULTS[parameter.name]
+            parameter.show_default = True
         if parameter.name == "app":
             parameter.envvar = "TUNNEL_ASGI_APP"
     return taken
@@ -60,7 +65,7 @@ def _fail(message: object, code: int) -> NoReturn:
     "--domain",
     envvar="SMALLWARE_DOMAIN",
     metavar="NAME",
-    help="Public name, <service>-<name>-<customer>.<shard>.smallware.io.",
+    help="Public name, such as www-blog-acme.e0.smallware.io.",
 )
 @click.option(
     "--key",
@@ -95,6 +100,7 @@ def _fail(message: object, code: int) -> NoReturn:
 @click.option(
     "--port",
     type=click.IntRange(0, 65535),
+    metavar="PORT",
     default=8000,
     show_default=True,
     help="With --local: port; 0 for any free one.",
@@ -103,6 +109,7 @@ def _fail(message: object, code: int) -> NoReturn:
 @click.option(
     "--standby",
     type=click.IntRange(1),
+    metavar="NUMBER",
     default=STANDBY,
     show_default=True,
     help="WebSockets that wait for visitors when nobody is connected.",
@@ -110,23 +117,26 @@ def _fail(message: object, code: int) -> NoReturn:
 @click.option(
     "--timeout-first-byte",
     type=click.FloatRange(0),
+    metavar="SECONDS",
     default=Timeouts.first_byte,
     show_default=True,
-    help="Seconds a visitor may take to begin a request. 0: no limit, also below.",
+    help="Time a visitor may take to begin a request. 0: no limit, also below.",
 )
 @click.option(
     "--timeout-request-head",
     type=click.FloatRange(0),
+    metavar="SECONDS",
     default=Timeouts.head,
     show_default=True,
-    help="Seconds from the first byte of a request to the end of its headers.",
+    help="Time from the first byte of a request to the end of its headers.",
 )
 @click.option(
     "--timeout-request-body",
     type=click.FloatRange(0),
+    metavar="SECONDS",
     default=Timeouts.body,
     show_default=True,
-    help="Seconds a visitor may pause within a request body.",
+    help="Time a visitor may pause within a request body.",
 )
 @click.version_option(version("tunnel-asgi"), prog_name="tunnel-asgi")
 @click.pass_context
@@ -135,12 +145,13 @@ def tunnel_asgi(context: click.Context, /, **options: Any) -> None:
 
     The access key comes from SMALLWARE_KEY or --key-file.
     """
-    if context.get_parameter_source("key") is ParameterSource.COMMANDLINE:
+    if _is_given(context, "key"):
         click.secho(
             "Warning: --key shows in the process list; set SMALLWARE_KEY or use --key-file instead.",
             err=True,
             fg="yellow",
         )
+    _settle_local(context, options)
     if options["log_config"] is None:
         options["log_config"] = logging_config()
     options["headers"] = [_header(text) for text in options["headers"]]
@@ -152,8 +163,25 @@ def tunnel_asgi(context: click.Context, /, **options: Any) -> None:
         _fail(error, STARTUP_FAILURE)
 
 
+def _is_given(context: click.Context, name: str) -> bool:
+    """Whether the option stands on the command line itself."""
+    return context.get_parameter_source(name) is ParameterSource.COMMANDLINE
+
+
+def _settle_local(context: click.Context, options: dict[str, Any]) -> None:
+    """What the environment says about the real tunnel does not stand in the way of --local."""
+    if options["local"]:
+        for name in ("domain", "server_url"):
+            options[name] = options[name] if _is_given(context, name) else None
+        return
+    for name in ("port", "tls"):
+        if _is_given(context, name):
+            raise click.UsageError(f"--{name} belongs to --local; a tunnel opens no port")
+
+
 def _header(text: str) -> tuple[str, str]:
     name, colon, value = text.partition(":")
-    if not colon:
+    value = value.strip()
+    if not colon or not _HEADER_NAME.fullmatch(name) or not _HEADER_VALUE.fullmatch(value):
         raise click.BadParameter(f"{text!r} is not of the form Name:Value", param_hint="--header")
-    return name, value.strip()
+    return name, value

@@ -16,7 +16,7 @@ from typing import Any, Protocol, cast
 
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.client import ClientProtocol
-from websockets.exceptions import InvalidHandshake, InvalidStatus
+from websockets.exceptions import InvalidHandshake, InvalidMessage, InvalidProxy, InvalidStatus
 from websockets.frames import Frame, Opcode
 from websockets.http11 import Response
 from websockets.protocol import State
@@ -45,6 +45,9 @@ logger = logging.getLogger("tunnel_asgi")
 _silent_logger = logging.Logger("tunnel_asgi.websocket", level=logging.CRITICAL + 1)
 
 CLOSE_TIMEOUT = 5.0  # seconds for the server to answer our close frame
+HIGH_WATER = 64 * 1024  # bytes in the socket's buffer past which we wait; asyncio's default with TLS is 512 KiB
+WRITE_LIMIT = 1024 * 1024  # bytes there that end the WebSocket: only answers to a flood of pings get so far
+LATE = 1.0  # seconds; a timer that fires later was held up by us, and what it waits for may lie in the socket
 
 
 class Owner(Protocol):
@@ -94,7 +97,7 @@ class TunnelConnection(asyncio.Protocol):
 
         self._discarded = 0
         self._heard_at = 0.0
-        self._ping_sent = False
+        self._pinged_at = 0.0
         self._stuck_at = 0
         self._keepalive_timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
@@ -135,6 +138,7 @@ class TunnelConnection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)
+        self.transport.set_write_buffer_limits(high=HIGH_WATER)
 
     def data_received(self, data: bytes) -> None:
         self._heard_at = self._loop.time()
@@ -147,12 +151,16 @@ class TunnelConnection(asyncio.Protocol):
             elif isinstance(event, Response):
                 self._upgraded()
         self._write_out()
-        if self._ws.close_expected():
+        if self._ready and self._ws.close_expected():
             self._end(self._why_closed())
+        elif not self._writable and self.buffered > WRITE_LIMIT:
+            self.abort(WebSocketError("the tunnel server sends pings and reads no pongs"))
 
     def eof_received(self) -> None:
         self._ws.receive_eof()
         self._write_out()
+        if self._ready:
+            self._end(WebSocketError("connection lost: end of stream"))
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._ws.receive_eof()
@@ -161,9 +169,7 @@ class TunnelConnection(asyncio.Protocol):
         if self._ready:
             self._end(WebSocketError(f"connection lost: {exc or 'end of stream'}"))
             self._owner.connection_lost(self)
-        for timer in (self._keepalive_timer, self._write_timer, self._drain_timer, self._close_timer):
-            if timer is not None:
-                timer.cancel()
+        self._stop_timers()
 
     def pause_writing(self) -> None:
         self._writable = False
@@ -272,6 +278,7 @@ class TunnelConnection(asyncio.Protocol):
 
     def resume_reading(self) -> None:
         self._reading_paused = False
+        self._heard_at = self._loop.time()  # what was sent meanwhile, a pong perhaps, is only read from now on
         self.transport.resume_reading()
 
     def release(self) -> None:
@@ -295,7 +302,7 @@ class TunnelConnection(asyncio.Protocol):
         self.close(1000, "the visitor did not end its direction")
 
     def _maybe_recycle(self) -> None:
-        if self._ended or self.visitor is not None:
+        if self._ended or self.visitor is not None or self._ws.state is not State.OPEN:
             return
         if not self._owner.accepting:
             self.close(1000)
@@ -336,6 +343,7 @@ class TunnelConnection(asyncio.Protocol):
         if self._ended:
             return
         self._ended = True
+        self._stop_timers()
         visitor, self.visitor = self.visitor, None
         if visitor is not None:
             visitor.wire_lost(ConnectionResetError(f"the tunnel connection ended: {error or 'closed'}"))
@@ -346,44 +354,54 @@ class TunnelConnection(asyncio.Protocol):
 
     def _why_closed(self) -> WebSocketError:
         if self._ws.parser_exc is not None:
-            return WebSocketError(str(self._ws.parser_exc))
+            return ProtocolError(str(self._ws.parser_exc))
         return WebSocketError(f"closed by the server: {self._ws.close_rcvd}")
 
     # Timers.
 
     def _watch_silence(self) -> None:
-        self._ping_sent = False
         self._keepalive_timer = self._loop.call_at(self._heard_at + self._config.ping_interval, self._check_silence)
 
     def _check_silence(self) -> None:
-        silent_for = self._loop.time() - self._heard_at
         if self._reading_paused:
             # We read nothing, so we cannot hear a pong: that is our own back-pressure, not a dead peer.
             self._heard_at = self._loop.time()
+        if self._loop.time() < self._heard_at + self._config.ping_interval:
             self._watch_silence()
-        elif silent_for < self._config.ping_interval:
-            self._watch_silence()
-        elif not self._ping_sent:
-            self._ping()
         else:
-            self.abort(WebSocketError(f"the tunnel server was silent for {silent_for:.0f} s"))
+            self._ping()
 
     def _ping(self) -> None:
-        self._ping_sent = True
         if self._ws.state is State.OPEN:
             self._ws.send_ping(b"")
             self._write_out()
-        self._keepalive_timer = self._loop.call_later(self._config.ping_timeout, self._check_silence)
+        self._pinged_at = self._loop.time()
+        self._keepalive_timer = self._loop.call_later(self._config.ping_timeout, self._check_answer)
+
+    def _check_answer(self) -> None:
+        now = self._loop.time()
+        if self._heard_at >= self._pinged_at or self._reading_paused:
+            self._check_silence()
+        elif now > self._pinged_at + self._config.ping_timeout + LATE:
+            self._ping()
+        else:
+            self.abort(WebSocketError(f"the tunnel server was silent for {now - self._heard_at:.0f} s"))
 
     def _watch_writing(self) -> None:
         self._stuck_at = self.buffered
-        self._write_timer = self._loop.call_later(self._config.write_timeout, self._check_writing)
+        self._write_timer = self._loop.call_later(self._config.write_timeout, self._check_writing, self._loop.time())
 
-    def _check_writing(self) -> None:
-        if self.buffered < self._stuck_at:
+    def _check_writing(self, since: float) -> None:
+        late = self._loop.time() > since + self._config.write_timeout + LATE
+        if late or self.buffered < self._stuck_at:
             self._watch_writing()
         else:
             self.abort(WebSocketError(f"a send made no progress for {self._config.write_timeout:.0f} s"))
+
+    def _stop_timers(self) -> None:
+        for timer in (self._keepalive_timer, self._write_timer, self._drain_timer, self._close_timer):
+            if timer is not None:
+                timer.cancel()
 
     def _write_out(self) -> None:
         for data in self._ws.data_to_send():
@@ -416,7 +434,7 @@ async def _dial(config: TunnelConfig, token: str, ssl_context: ssl.SSLContext | 
 
     options: dict[str, Any] = {} if ssl_context is None else {"ssl": ssl_context}
     try:
-        await connect(
+        await _Connect(
             config.dial_url,
             additional_headers={"Authorization": f"Bearer {token}"},
             user_agent_header="tunnel-asgi",
@@ -430,8 +448,18 @@ async def _dial(config: TunnelConfig, token: str, ssl_context: ssl.SSLContext | 
         )
     except InvalidStatus as error:
         raise _refusal(error.response, config) from None
-    except (OSError, InvalidHandshake, ImportError) as error:  # ImportError: a SOCKS proxy without python-socks
+    except InvalidProxy:  # it quotes the proxy's URL, and a password may stand in it
+        raise ConnectionFailed(config.server_url, "the proxy in the environment is not a valid URL") from None
+    # ImportError: a SOCKS proxy without python-socks. UnicodeError: no host of that name can exist.
+    except (OSError, InvalidHandshake, ImportError, UnicodeError) as error:
         raise ConnectionFailed(config.server_url, _reason(error)) from error
+
+
+class _Connect(connect):
+    """websockets' ``connect``, which follows no redirect: the token is for the server it was made for."""
+
+    def process_redirect(self, exc: Exception) -> Exception:
+        return exc
 
 
 def _refusal(response: Response, config: TunnelConfig) -> UpgradeRefused:
@@ -476,7 +504,7 @@ def _clock_skew(value: str | None) -> float | None:
 def _parse_date(value: str | None) -> float | None:
     try:
         return email.utils.parsedate_to_datetime(value).timestamp() if value else None
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
 
 
@@ -485,6 +513,8 @@ def _reason(error: BaseException) -> str:
         return f"its certificate is not trusted: {error.verify_message} (--trust-ca adds a CA of your own)"
     if isinstance(error, TimeoutError):
         return "it did not answer in time"
+    if isinstance(error, InvalidMessage) and isinstance(error.__cause__, EOFError):
+        return "it closed the connection during the upgrade"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return str(error) or type(error).__name__

@@ -6,16 +6,18 @@ puts no other site at risk should its key be stolen.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import ipaddress
 import os
 import ssl
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import (
@@ -52,56 +54,28 @@ class DevelopmentCA:
 
     @classmethod
     def load_or_create(cls, directory: Path | None = None) -> DevelopmentCA:
-        """The CA of this user; made on the spot if there is none, or it ends within 30 days.
+        """The CA of this user; made on the spot if there is none. Its certificate is renewed 30 days before it ends.
+
+        Processes that come here at once all get the same key, so a certificate any of them writes fits them all.
 
         Raises:
             ConfigError: the directory cannot be written.
         """
         directory = directory or default_directory()
-        found = cls._load(directory)
-        if found is not None:
-            return found
-        try:
-            return cls._create(directory)
-        except OSError as error:
-            raise ConfigError(f"cannot keep the development CA in {directory}: {error.strerror}") from error
-
-    @classmethod
-    def _load(cls, directory: Path) -> DevelopmentCA | None:
         path = directory / "ca.pem"
         try:
-            certificate = x509.load_pem_x509_certificate(path.read_bytes())
-            key = load_pem_private_key((directory / "ca-key.pem").read_bytes(), None)
-        except (OSError, ValueError):
-            return None
-        if not isinstance(key, ec.EllipticCurvePrivateKey) or key.public_key() != certificate.public_key():
-            return None
-        if certificate.not_valid_after_utc - _now() < RENEW_BEFORE:
-            return None
+            directory.mkdir(parents=True, exist_ok=True)
+            key = _load_key(directory / "ca-key.pem") or _create_key(directory / "ca-key.pem")
+            certificate = _load_certificate(path, key) or _create_certificate(path, key)
+        except OSError as error:
+            raise ConfigError(f"cannot keep the development CA in {directory}: {error.strerror}") from error
         return cls(certificate, key, path)
-
-    @classmethod
-    def _create(cls, directory: Path) -> DevelopmentCA:
-        key = ec.generate_private_key(ec.SECP256R1())
-        name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "tunnel-asgi development CA")])
-        certificate = (
-            _builder(name, name, key.public_key(), CA_LIFETIME)
-            .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-            .add_extension(_key_usage(sign_certificates=True), critical=True)
-            .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
-            .add_extension(x509.NameConstraints(_this_machine(), None), critical=True)
-            .sign(key, hashes.SHA256())
-        )
-        directory.mkdir(parents=True, exist_ok=True)
-        _write(directory / "ca-key.pem", _private_pem(key), 0o600)
-        _write(directory / "ca.pem", certificate.public_bytes(Encoding.PEM), 0o644)
-        return cls(certificate, key, directory / "ca.pem")
 
     def server_context(self, names: Iterable[str]) -> ssl.SSLContext:
         """A TLS server context with a fresh certificate for these host names and addresses."""
-        names = list(names)
         key = ec.generate_private_key(ec.SECP256R1())
-        subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, names[0])])
+        # Nothing that looks like a host: OpenSSL would hold it against the name constraints.
+        subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "tunnel-asgi on this machine")])
         issuer_id = x509.AuthorityKeyIdentifier.from_issuer_public_key(self.key.public_key())
         certificate = (
             _builder(subject, self.certificate.subject, key.public_key(), LEAF_LIFETIME)
@@ -113,12 +87,57 @@ class DevelopmentCA:
             .sign(self.key, hashes.SHA256())
         )
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        # The ssl module reads key and certificate from a file only; 0600 is tempfile's own mode.
-        with tempfile.NamedTemporaryFile(suffix=".pem") as file:
-            file.write(_private_pem(key) + certificate.public_bytes(Encoding.PEM))
-            file.flush()
-            context.load_cert_chain(file.name)
+        # The ssl module reads key and certificate from a file only; 0700 is tempfile's own mode.
+        with tempfile.TemporaryDirectory() as directory:
+            path = Path(directory, "leaf.pem")
+            path.write_bytes(_private_pem(key) + certificate.public_bytes(Encoding.PEM))
+            context.load_cert_chain(path)
         return context
+
+
+def _load_key(path: Path) -> ec.EllipticCurvePrivateKey | None:
+    try:
+        key = load_pem_private_key(path.read_bytes(), None)
+    except (FileNotFoundError, ValueError, TypeError, UnsupportedAlgorithm):
+        return None
+    return key if isinstance(key, ec.EllipticCurvePrivateKey) else None
+
+
+def _create_key(path: Path) -> ec.EllipticCurvePrivateKey:
+    key = ec.generate_private_key(ec.SECP256R1())
+    with _new_file(path, _private_pem(key), 0o600) as new:
+        try:
+            path.hardlink_to(new)
+        except FileExistsError:
+            found = _load_key(path)
+            if found is not None:  # another process was faster: its key is ours
+                return found
+            new.replace(path)
+    return key
+
+
+def _load_certificate(path: Path, key: ec.EllipticCurvePrivateKey) -> x509.Certificate | None:
+    try:
+        certificate = x509.load_pem_x509_certificate(path.read_bytes())
+        fits = certificate.public_key() == key.public_key()
+    except (FileNotFoundError, ValueError, UnsupportedAlgorithm):
+        return None
+    return certificate if fits and certificate.not_valid_after_utc - _now() >= RENEW_BEFORE else None
+
+
+def _create_certificate(path: Path, key: ec.EllipticCurvePrivateKey) -> x509.Certificate:
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "tunnel-asgi development CA")])
+    certificate = (
+        _builder(name, name, key.public_key(), CA_LIFETIME)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(_key_usage(sign_certificates=True), critical=True)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+        .add_extension(x509.NameConstraints(_this_machine(), None), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    with _new_file(path, certificate.public_bytes(Encoding.PEM), 0o644) as new:
+        new.replace(path)
+    return certificate
 
 
 def _builder(
@@ -168,13 +187,17 @@ def _private_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
     return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
 
 
-def _write(path: Path, content: bytes, mode: int) -> None:
-    """Replace the file in one step; it never exists with a wider mode."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(content)
-    temporary.replace(path)
+@contextlib.contextmanager
+def _new_file(path: Path, content: bytes, mode: int) -> Generator[Path]:
+    """A complete file beside ``path``, to take its place in one step. It never had a wider mode."""
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+        Path(name).chmod(mode)
+        yield Path(name)
+    finally:
+        Path(name).unlink(missing_ok=True)
 
 
 def _now() -> datetime.datetime:

@@ -1,9 +1,9 @@
-"""uvicorn's HTTP/1.1 protocols, made fit to face the internet bare.
+"""uvicorn's protocols, made fit to face the internet bare.
 
 Behind nginx uvicorn need not judge a request head or count seconds; here the visitor's bytes arrive raw. Both
-parsers get the same rules for the head (RFC 9112 sections 2.2, 3.2, 5.2 and 6.3), the same bound on its size,
+parsers get the same rules for the head (RFC 9112 sections 2.2, 2.3, 3.2, 5.2 and 6.3), the same bound on its size,
 and a deadline for everything a visitor can be slow with. A breach is answered with a 4xx where one can still be
-sent, and the connection is closed.
+sent, and the connection is closed. Requests that came before it on the same connection get their answers first.
 """
 
 from __future__ import annotations
@@ -21,16 +21,24 @@ from uvicorn.config import Config
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
-__all__ = ["GuardedH11Protocol", "Timeouts", "guarded"]
+__all__ = ["GuardedH11Protocol", "Timeouts", "guarded", "guarded_websocket"]
 
 logger = logging.getLogger("uvicorn.error")
 
 HEAD_LIMIT = 64 * 1024  # bytes of request line and headers; nginx allows 32 KiB, node 16 KiB
+LENGTH_DIGITS = 18  # of a Content-Length: what any parser's 64 bits hold
 
 _HEAD_END = b"\r\n\r\n"
-_BAD_LINE_END = re.compile(rb"(?<!\r)\n|\r(?!\n|\Z)")
-_FOLDED_LINE = re.compile(rb"\r\n[ \t]")
-_HOST = re.compile(rb"[A-Za-z0-9.\-_~%!$&'()*+,;=:\[\]]*")
+# Control characters, a folded line, a line that ends in less than CR LF. A CR at the end may still get its LF.
+_MALFORMED = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\r\n[ \t]|\r(?!\n|\Z)|\n(?<!\r\n)")
+_LENGTH_LINE = re.compile(rb"\ncontent-length:([^\r]*)", re.IGNORECASE)
+_CHUNK_EXTENSION = rb"(?:;[\t\x20-\x7e\x80-\xff]+)?"
+# What surrounds the bytes of a chunk. It may begin with what was left of the line end before.
+_CHUNK_LINE = re.compile(rb"\r?\n?(?:0*[0-9A-Fa-f]{1,16}" + _CHUNK_EXTENSION + rb"\r\n)?")
+_CHUNKED_END = re.compile(rb"\r?\n?(?:0+" + _CHUNK_EXTENSION + rb"\r\n)?(?:[^\s:;]+:[^\r\n]*\r\n)*\r\n")
+_HOST = re.compile(rb"(?:\[[0-9A-Za-z:.%_~-]+\]|[A-Za-z0-9.\-_~%!$&'()*+,;=]*)(?::[0-9]*)?")
+_ORIGIN_FORM = re.compile(rb"/[\x21\x22\x24-\x7e]*")  # visible, and no fragment
+_ABSOLUTE_FORM = re.compile(rb"https?://([^/?#@]+)(/?[\x21\x22\x24-\x7e]*)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -45,46 +53,75 @@ class Timeouts:
     """Between two pieces of a request body the app is ready to read."""
 
 
-class BadRequestHead(h11.RemoteProtocolError):
-    """A request head that a lenient parser would take."""
+class BadRequest(h11.RemoteProtocolError):
+    """A request that a lenient parser would take."""
 
 
-def check_headers(headers: Iterable[tuple[bytes, bytes]], http_version: bytes) -> None:
-    """Refuse what two parsers could understand differently: framing and Host. Names are in lower case.
+def check_head(method: bytes, target: bytes, http_version: bytes, headers: Iterable[tuple[bytes, bytes]]) -> bytes:
+    """Refuse what two parsers could understand differently; returns the target as a path. Names are in lower case.
 
     Raises:
-        BadRequestHead: with the reason.
+        BadRequest: with the reason.
     """
+    if http_version not in (b"1.1", b"1.0"):
+        raise BadRequest("the only versions served are HTTP/1.1 and HTTP/1.0")
     found: dict[bytes, list[bytes]] = {b"host": [], b"content-length": [], b"transfer-encoding": []}
     for name, value in headers:
         if name in found:
-            found[name].append(value)
+            found[name].append(value.strip(b" \t"))
     _check_host(found[b"host"], http_version)
     _check_framing(found[b"content-length"], found[b"transfer-encoding"], http_version)
+    return _origin_form(method, target, found[b"host"])
 
 
 def _check_host(hosts: list[bytes], http_version: bytes) -> None:
     if len(hosts) > 1 or (not hosts and http_version == b"1.1"):
-        raise BadRequestHead("exactly one Host header is needed")
+        raise BadRequest("exactly one Host header is needed")
     if hosts and not _HOST.fullmatch(hosts[0]):
-        raise BadRequestHead("the Host header is not a host")
+        raise BadRequest("the Host header is not a host")
 
 
 def _check_framing(lengths: list[bytes], encodings: list[bytes], http_version: bytes) -> None:
     if lengths and encodings:
-        raise BadRequestHead("Content-Length and Transfer-Encoding exclude each other")
-    if len(lengths) > 1 or not all(length.isdigit() for length in lengths):
-        raise BadRequestHead("the Content-Length is not one number")
+        raise BadRequest("Content-Length and Transfer-Encoding exclude each other")
+    if len(lengths) > 1 or not all(length.isdigit() and len(length) <= LENGTH_DIGITS for length in lengths):
+        raise BadRequest("the Content-Length is not one number")
     if encodings and (len(encodings) > 1 or encodings[0].lower() != b"chunked" or http_version == b"1.0"):
-        raise BadRequestHead("the only Transfer-Encoding served is chunked")
+        raise BadRequest("the only Transfer-Encoding served is chunked")
 
 
-class _Guard(asyncio.Protocol):
+def _origin_form(method: bytes, target: bytes, hosts: list[bytes]) -> bytes:
+    """The target without scheme and authority (RFC 9112 section 3.2)."""
+    if method == b"CONNECT":
+        raise BadRequest("this is no proxy")
+    if _ORIGIN_FORM.fullmatch(target) or (target == b"*" and method == b"OPTIONS"):
+        return target
+    absolute = _ABSOLUTE_FORM.fullmatch(target)
+    if absolute is None or [absolute[1].lower()] != [host.lower() for host in hosts]:
+        raise BadRequest("the request target is neither a path nor a URL of the Host")
+    return absolute[2] if absolute[2].startswith(b"/") else b"/" + absolute[2]
+
+
+def _head_limit(config: Config) -> int:
+    limit = config.h11_max_incomplete_event_size
+    return HEAD_LIMIT if limit is None else limit
+
+
+class _OrderlyShutdown(asyncio.Protocol):
+    """uvicorn's ``shutdown`` raises in some states of a connection that is closing already, and so stops halfway."""
+
+    transport: asyncio.Transport
+
+    def shutdown(self) -> None:
+        if not self.transport.is_closing():
+            super().shutdown()  # type: ignore[misc]
+
+
+class _Guard(_OrderlyShutdown):
     """What both parsers share: the deadlines and the refusal. Mixed in before uvicorn's class."""
 
     timeouts: ClassVar[Timeouts] = Timeouts()
 
-    transport: asyncio.Transport
     cycle: Any
     flow: Any
     loop: asyncio.AbstractEventLoop
@@ -94,6 +131,7 @@ class _Guard(asyncio.Protocol):
     _awaiting: str | None = None
     _deadline = 0.0
     _timer: asyncio.TimerHandle | None = None
+    _stopped = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
@@ -109,9 +147,20 @@ class _Guard(asyncio.Protocol):
         self._stop()
         super().connection_lost(exc)
 
+    def on_response_complete(self) -> None:
+        super().on_response_complete()  # type: ignore[misc]
+        self._await(self._input_needed())  # a pipelined request may have been begun by this
+
     def handle_websocket_upgrade(self, *args: Any) -> None:
+        if self._answering_earlier():
+            self.refuse(400, "An upgrade must not be pipelined.")
+            return
         self._stop()
         super().handle_websocket_upgrade(*args)  # type: ignore[misc]
+        # websockets has limits of its own for a head, and uvicorn says nothing when they are exceeded.
+        if not getattr(self.transport.get_protocol(), "handshake_initiated", True):
+            self._write_refusal(HTTPStatus.BAD_REQUEST, b"Invalid WebSocket request received.")
+            self.transport.close()
 
     def send_400_response(self, msg: str) -> None:
         self.refuse(431 if self.head_too_large else 400, msg)
@@ -120,15 +169,20 @@ class _Guard(asyncio.Protocol):
         """Answer in plain text if no answer has begun, and close. Earlier requests are answered first."""
         self._stop()
         if self._answering_earlier():
-            self._deaf = True
-            self.cycle.keep_alive = False
+            self._refuse_later(status, message)
             return
-        if self.cycle is None or not self.cycle.response_started or self.cycle.response_complete:
+        if not self._response_begun():
             self._write_refusal(HTTPStatus(status), message.encode())
         if self.cycle is not None and not self.cycle.response_complete:
             self.cycle.disconnected = True  # what the app still answers must not follow ours
             self.cycle.message_event.set()
         self.transport.close()
+
+    def _response_begun(self) -> bool:
+        """Whether what is refused, a request or the rest of its body, has been answered in part or in full."""
+        if self.cycle is None or not self.cycle.response_started:
+            return False
+        return bool(self.cycle.more_body or not self.cycle.response_complete)
 
     def _write_refusal(self, status: HTTPStatus, body: bytes) -> None:
         head = (
@@ -139,15 +193,18 @@ class _Guard(asyncio.Protocol):
         self.transport.write(head.encode() + body)
 
     def _answering_earlier(self) -> bool:
-        """Whether what is refused is the head of a pipelined request, behind one not answered yet."""
+        """Whether what is refused is pipelined behind a request that is not answered yet."""
         return False
+
+    def _refuse_later(self, status: int, message: str) -> None:
+        raise NotImplementedError
 
     def _input_needed(self) -> str | None:
         """What the parser waits for: "head", "body", or None between requests and after the last."""
         raise NotImplementedError
 
     def _await(self, what: str | None, *, fresh: bool = False) -> None:
-        if what == self._awaiting and not fresh:
+        if self._stopped or (what == self._awaiting and not fresh):
             return
         self._awaiting = what
         seconds = getattr(self.timeouts, what) if what is not None else 0
@@ -163,8 +220,8 @@ class _Guard(asyncio.Protocol):
         self._timer = None
         if not self._deadline or self.transport.is_closing():
             return
-        if self._awaiting == "body" and self._app_is_slow():
-            self._deadline = self.loop.time() + self.timeouts.body
+        if self._app_is_slow():
+            self._deadline = self.loop.time() + getattr(self.timeouts, str(self._awaiting))
         if self.loop.time() < self._deadline:
             self._timer = self.loop.call_at(self._deadline, self._check_deadline)
         elif self._awaiting == "first_byte":
@@ -174,9 +231,16 @@ class _Guard(asyncio.Protocol):
 
     def _app_is_slow(self) -> bool:
         """Whether the visitor waits for the app, not the app for the visitor."""
-        return bool(self.flow.read_paused or self.cycle.response_started or self.cycle.waiting_for_100_continue)
+        if self.flow.read_paused:
+            return True
+        if self._awaiting != "body" or self.cycle is None:
+            return False
+        answering = self.cycle.response_started and not self.cycle.response_complete
+        return bool(answering or self.cycle.waiting_for_100_continue)
 
     def _stop(self) -> None:
+        """No deadline counts from here on."""
+        self._stopped = True
         self._deadline = 0.0
         if self._timer is not None:
             self._timer.cancel()
@@ -184,33 +248,64 @@ class _Guard(asyncio.Protocol):
 
 
 class _StrictConnection(h11.Connection):
-    """h11, without what it tolerates for old clients: bare CR or LF, folded lines, doubled framing."""
+    """h11, without what it tolerates for old clients: bare CR or LF, folded lines, doubled framing, loose chunks."""
 
     head_too_large = False
 
+    def __init__(self, head_limit: int) -> None:
+        super().__init__(h11.SERVER, head_limit)
+        self._head_limit = head_limit
+        self._checked = 0  # bytes of the unfinished head that are known to be well-formed
+        self._chunked = False
+
     def next_event(self) -> Any:
-        if self.their_state is h11.IDLE:
-            self._check_raw_head()
+        state = self.their_state
+        raw = self.trailing_data[0] if state is h11.IDLE or (self._chunked and state is h11.SEND_BODY) else b""
+        if state is h11.IDLE:
+            self._check_raw_head(raw)
         try:
             event = super().next_event()
         except h11.RemoteProtocolError as error:
             self.head_too_large = error.error_status_hint == 431
             raise
         if type(event) is h11.Request:
-            check_headers(event.headers, event.http_version)
+            return self._check_request(event)
+        if state is h11.SEND_BODY and self._chunked:
+            self._check_chunk_framing(event, raw[: len(raw) - len(self.trailing_data[0])])
         return event
 
-    def _check_raw_head(self) -> None:
-        data, _ = self.trailing_data
-        end = data.find(_HEAD_END)
-        head = data if end < 0 else data[: end + len(_HEAD_END)]
-        if len(head) > HEAD_LIMIT:
+    def _check_raw_head(self, raw: bytes) -> None:
+        end = raw.find(_HEAD_END, max(0, self._checked - len(_HEAD_END)))
+        size = len(raw) if end < 0 else end + len(_HEAD_END)
+        if size > self._head_limit:
             self.head_too_large = True
-            raise BadRequestHead("the request head is too large")
-        if _BAD_LINE_END.search(head):
-            raise BadRequestHead("a line of the head does not end in CR LF")
-        if _FOLDED_LINE.search(head):
-            raise BadRequestHead("a header line is folded")
+            raise BadRequest("the request head is too large")
+        # What follows a line end decides about it, so the last bytes are looked at twice.
+        if _MALFORMED.search(raw, max(0, self._checked - 2), size):
+            raise BadRequest("a line of the head is folded, ends without CR LF or holds control characters")
+        self._checked = size if end < 0 else 0
+        if end >= 0:
+            self._check_raw_lengths(_LENGTH_LINE.findall(raw, 0, size))
+
+    def _check_raw_lengths(self, lengths: list[bytes]) -> None:
+        # h11 makes one of several that agree.
+        if len(lengths) > 1 or any(b"," in length for length in lengths):
+            raise BadRequest("the Content-Length is not one number")
+
+    def _check_request(self, event: h11.Request) -> h11.Request:
+        target = check_head(event.method, event.target, event.http_version, event.headers)
+        self._chunked = any(name == b"transfer-encoding" for name, _ in event.headers)
+        if target == event.target:
+            return event
+        return h11.Request(
+            method=event.method, target=target, headers=list(event.headers), http_version=event.http_version
+        )
+
+    def _check_chunk_framing(self, event: Any, read: bytes) -> None:
+        framing = read[: len(read) - len(event.data)] if type(event) is h11.Data else read
+        pattern = _CHUNKED_END if type(event) is h11.EndOfMessage else _CHUNK_LINE
+        if not pattern.fullmatch(framing):
+            raise BadRequest("the chunked body is malformed")
 
 
 class GuardedH11Protocol(_Guard, H11Protocol):
@@ -224,8 +319,12 @@ class GuardedH11Protocol(_Guard, H11Protocol):
         _loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
-        limit = config.h11_max_incomplete_event_size
-        self.conn: _StrictConnection = _StrictConnection(h11.SERVER, HEAD_LIMIT if limit is None else limit)
+        self.conn: _StrictConnection = _StrictConnection(_head_limit(config))
+
+    def data_received(self, data: bytes) -> None:
+        if self.conn.their_state is h11.MUST_CLOSE:
+            return  # nothing counts after a last request, RFC 9112 section 9.6; h11 would call it an error
+        super().data_received(data)
 
     def send_400_response(self, msg: str) -> None:
         self.head_too_large = self.conn.head_too_large
@@ -245,56 +344,90 @@ def _guarded_httptools() -> type[asyncio.Protocol]:
     class GuardedHttpToolsProtocol(_Guard, HttpToolsProtocol):
         """uvicorn's httptools protocol with the rules of this module; llhttp enforces most by itself."""
 
-        _raw_size = 0
-        _head_size = 0
         _in_head = False
         _in_body = False
+        _head_size = 0
+        _unparsed = 0  # bytes since the last sign of progress: llhttp holds a half-read header without a bound
 
         def data_received(self, data: bytes) -> None:
+            self._unparsed += len(data)
             super().data_received(data)
-            if self._in_head and not self.transport.is_closing():
-                self._raw_size += len(data)  # llhttp holds a half-read header without a bound
-                if self._raw_size > HEAD_LIMIT:
-                    self.refuse(431, "Invalid HTTP request received.")
+            if self._unparsed > _head_limit(self.config) and not self.transport.is_closing():
+                self.refuse(431, "Invalid HTTP request received.")
 
         def on_message_begin(self) -> None:
             super().on_message_begin()
-            self._raw_size = self._head_size = 0
+            self._head_size = 0
             self._in_head = True
+            self._awaiting = None  # every head has a deadline of its own
 
         def on_url(self, url: bytes) -> None:
             super().on_url(url)
             self._grow_head(len(url))
 
         def on_header(self, name: bytes, value: bytes) -> None:
-            super().on_header(name, value)
             self._grow_head(len(name) + len(value) + len(b": \r\n"))
+            if self._in_head:  # trailers must not pass for headers, RFC 9110 section 6.5.1
+                super().on_header(name, value)
 
         def on_headers_complete(self) -> None:
             self._in_head = False
-            check_headers(self.headers, self.parser.get_http_version().encode())
-            self._in_body = True
+            self._unparsed = 0
+            version = self.parser.get_http_version().encode()
+            self.url = check_head(self.parser.get_method(), self.url, version, self.headers)
             super().on_headers_complete()
+            self._in_body = True
+
+        def on_body(self, body: bytes) -> None:
+            self._unparsed = 0
+            super().on_body(body)
 
         def on_message_complete(self) -> None:
+            self._unparsed = 0
             self._in_body = False
             super().on_message_complete()
 
+        def _unsupported_upgrade_warning(self) -> None:
+            super()._unsupported_upgrade_warning()
+            # llhttp drops what follows, so this must be the last request.
+            self._deaf = True
+            self.cycle.keep_alive = False
+
         def _grow_head(self, size: int) -> None:
             self._head_size += size
-            if self._head_size > HEAD_LIMIT:
+            if self._head_size > _head_limit(self.config):
                 self.head_too_large = True
-                raise BadRequestHead("the request head is too large")
+                raise BadRequest("the request head is too large")
 
         def _answering_earlier(self) -> bool:
-            return not self._in_body and self.cycle is not None and not self.cycle.response_complete
+            if self._in_body:
+                return bool(self.pipeline)
+            return self.cycle is not None and not self.cycle.response_complete
+
+        def _refuse_later(self, status: int, message: str) -> None:
+            self._deaf = True
+            self.cycle.keep_alive = False
+            if self._in_body:
+                cycle, _ = self.pipeline.popleft()  # the latest
+                self.pipeline.appendleft((cycle, _refusal(status, message.encode())))
 
         def _input_needed(self) -> str | None:
-            if self._in_head:
-                return "head"
-            return "body" if self._in_body else None
+            if self._in_body:
+                return "body"
+            return "head" if self._in_head or self._unparsed else None
 
     return GuardedHttpToolsProtocol
+
+
+def _refusal(status: int, body: bytes) -> Any:
+    """An ASGI app that answers only this."""
+    headers = [(b"content-type", b"text/plain; charset=utf-8"), (b"content-length", b"%d" % len(body))]
+
+    async def refuse(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+        await send({"type": "http.response.body", "body": body})
+
+    return refuse
 
 
 def guarded(name: str, timeouts: Timeouts) -> type[asyncio.Protocol]:
@@ -305,3 +438,8 @@ def guarded(name: str, timeouts: Timeouts) -> type[asyncio.Protocol]:
     """
     base = GuardedH11Protocol if name == "h11" else _guarded_httptools()
     return type(base.__name__, (base,), {"timeouts": timeouts})
+
+
+def guarded_websocket(base: type[asyncio.Protocol]) -> type[asyncio.Protocol]:
+    """One of uvicorn's WebSocket protocols, whose ``shutdown`` does not raise."""
+    return type(base.__name__, (_OrderlyShutdown, base), {})

@@ -46,7 +46,11 @@ class LocalRelay:
 
     def __enter__(self) -> LocalRelay:
         self._thread.start()
-        self.relay = self._started.result()
+        try:
+            self.relay = self._started.result()
+        except Exception:
+            self._thread.join()
+            raise
         return self
 
     def __exit__(
@@ -68,20 +72,17 @@ class LocalRelay:
         return TunnelConfig(str(DOMAIN), key=self._secret, key_id="local", server_url=self.relay.server_url)
 
     def _run(self) -> None:
-        asyncio.run(self._main())
+        try:
+            asyncio.run(self._main())
+        except BaseException as error:
+            if self._started.done():
+                raise
+            self._started.set_exception(error)
 
     async def _main(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._stop = asyncio.Event()
         keys = {DOMAIN.customer_id: {"local": self._secret}}
-        relay = Relay(keys=keys, domain=DOMAIN, host=HOST, port=self._port, ssl=self._ssl)
-        try:
-            await relay.start()
-        except BaseException as error:
-            self._started.set_exception(error)
-            return
-        try:
+        async with Relay(keys=keys, domain=DOMAIN, host=HOST, port=self._port, ssl=self._ssl) as relay:
             self._started.set_result(relay)
             await self._stop.wait()
-        finally:
-            await relay.aclose()

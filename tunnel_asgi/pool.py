@@ -35,7 +35,8 @@ MAX_DELAY = 30.0  # seconds [S]
 MAX_RETRY_AFTER = 15 * 60.0  # seconds; a server that asks for more is asked again all the same
 PARALLEL_DIALS = 16  # at once; a burst of TLS handshakes would starve the visitors being served
 SURPLUS_TIME = 5.0  # seconds a WebSocket nobody needs goes on waiting [S]
-YOUNG = 5.0  # seconds; a WebSocket that ends sooner, unused, counts as a failed dial
+YOUNG = 5.0  # seconds; a WebSocket that fails sooner, unused, counts as a failed dial
+FRUITLESS = 16  # WebSockets in a row that fail young with their first visitor: from then on they count, too
 
 
 def adaptive_standby(quiet: int = STANDBY) -> Standby:
@@ -81,17 +82,19 @@ class TunnelPool(asyncio.AbstractServer):
         self._jwt = JwtManager(config.access_key, config.tunnel_domain.customer_id)
         self._loop = asyncio.get_running_loop()
 
-        self._waiting: dict[TunnelConnection, float] = {}  # since when, oldest first
+        self._waiting: dict[TunnelConnection, None] = {}  # oldest first
         self._busy: set[TunnelConnection] = set()  # with a visitor, or draining after one
         self._ending: set[TunnelConnection] = set()
-        self._unused: set[TunnelConnection] = set()  # never had a visitor
+        self._fresh: dict[TunnelConnection, float] = {}  # since when; never recycled
+        self._fruitless = 0
         self._dials: set[asyncio.Task[None]] = set()
 
         self._failing = False
-        self._recovered_at = float("-inf")
+        self._outage = False  # the user has been told; lasts until the server has been answering for a while
         self._delays = backoff()
         self._retry_timer: asyncio.TimerHandle | None = None
         self._trim_timer: asyncio.TimerHandle | None = None
+        self._steady_timer: asyncio.TimerHandle | None = None
         self._started = False
         self._closed = False
         self._waiters: set[asyncio.Future[None]] = set()
@@ -156,8 +159,8 @@ class TunnelPool(asyncio.AbstractServer):
                 connection.visitor.close()
 
     def abort_clients(self) -> None:
-        """Drop every WebSocket with its visitor, at once."""
-        for connection in [*self._busy, *self._waiting, *self._ending]:
+        """Reset every visitor connection at once: its WebSocket is dropped."""
+        for connection in list(self._busy):
             connection.abort()
 
     async def wait_closed(self) -> None:
@@ -186,11 +189,17 @@ class TunnelPool(asyncio.AbstractServer):
         await self._wait_until(lambda: self._closed or self.failure is not None)
         raise self.failure or ListenerClosed
 
-    async def aclose(self) -> None:
-        """Close at once: visitors still connected are reset. Returns when no socket or task is left."""
+    async def aclose(self, *, abort: bool = False) -> None:
+        """Close at once: visitors still connected are reset. Returns when no socket or task is left.
+
+        The server has 5 seconds to answer; with ``abort`` it is not even asked.
+        """
         self.close()
         for connection in list(self._busy):
             connection.close(1001)
+        if abort:
+            for connection in list(self._ending):
+                connection.abort()
         await asyncio.gather(*self._dials, return_exceptions=True)
         await self._wait_until(lambda: not (self._waiting or self._busy or self._ending))
 
@@ -208,39 +217,40 @@ class TunnelPool(asyncio.AbstractServer):
         if self._closed:
             connection.close(1000)
             return
-        self._recovered()
-        self._unused.add(connection)
+        self._answered()
+        self._fresh[connection] = self._loop.time()
         self._wait(connection)
 
     def visitor_connected(self, connection: TunnelConnection, visitor: Connected) -> TunnelTransport:
         self._waiting.pop(connection, None)
-        self._unused.discard(connection)
-        self._busy.add(connection)
         peername = None if visitor.ip is None else (visitor.ip, 0)
         extra = {**self._extra, "peername": peername, "connection_id": visitor.connection_id}
-        transport = TunnelTransport(connection, self._protocol_factory(), extra=extra, loop=self._loop)
-        self._settle()
+        transport = TunnelTransport(connection, self._make_protocol(), extra=extra, loop=self._loop)
+        self._busy.add(connection)
+        self._loop.call_soon(self._settle)  # not now: the new protocol may change what standby answers
         return transport
 
     def connection_recycled(self, connection: TunnelConnection) -> None:
         self._busy.discard(connection)
+        self._fresh.pop(connection, None)
+        self._fruitless = 0
         self._wait(connection)
 
     def connection_ending(self, connection: TunnelConnection, error: WebSocketError | None) -> None:
-        since = self._waiting.pop(connection, None)
+        unused = self._waiting.pop(connection, None) is not None
         self._busy.discard(connection)
         self._ending.add(connection)
-        young = since is not None and connection in self._unused and self._loop.time() - since < YOUNG
-        self._unused.discard(connection)
+        born = self._fresh.pop(connection, None)
         if error is not None:
             logger.debug("a WebSocket ended: %s", error)
-            if young:
-                self._failed(error)
+            if born is not None and self._loop.time() - born < YOUNG:
+                self._failed_young(error, unused=unused)
         self._settle()
         self._notify()
 
     def connection_lost(self, connection: TunnelConnection) -> None:
         self._ending.discard(connection)
+        self._settle()
         self._notify()
 
     # Deciding
@@ -262,10 +272,11 @@ class TunnelPool(asyncio.AbstractServer):
         return max(0, min(missing, at_once - len(self._dials)))
 
     def _target(self) -> int:
-        return min(self._standby(len(self._busy)), self.config.max_connections - len(self._busy))
+        occupied = len(self._busy) + len(self._ending)
+        return min(self._standby(len(self._busy)), self.config.max_connections - occupied)
 
     def _wait(self, connection: TunnelConnection) -> None:
-        self._waiting[connection] = self._loop.time()
+        self._waiting[connection] = None
         self._settle()
         self._notify()
 
@@ -280,6 +291,15 @@ class TunnelPool(asyncio.AbstractServer):
         newest_first = list(reversed(self._waiting))
         for connection in newest_first[: max(surplus, 0)]:
             connection.close(1000)
+
+    # Visitors
+
+    def _make_protocol(self) -> asyncio.BaseProtocol:
+        try:
+            return self._protocol_factory()
+        except Exception as error:
+            self._loop.call_exception_handler({"message": "No protocol for a visitor", "exception": error})
+            return _HangUp()
 
     # Dialling
 
@@ -298,41 +318,55 @@ class TunnelPool(asyncio.AbstractServer):
         self._settle()
         self._notify()
 
+    def _failed_young(self, error: WebSocketError, *, unused: bool) -> None:
+        """A server that accepts and then fails must not be dialled again at the speed of the network."""
+        self._fruitless += 1
+        if unused or self._fruitless > FRUITLESS:
+            self._failed(error)
+
     def _failed(self, error: TunnelError) -> None:
+        self._failing = True
+        if self._steady_timer is not None:
+            self._steady_timer.cancel()
         if not error.retryable:
             self.failure = error
-            return
-        if not self._failing:
-            self._failing = True
-            if self._loop.time() - self._recovered_at > YOUNG:
-                self._delays = backoff()
+        elif not self._closed:
+            self._announce(error)
+            self._plan_retry(error)
+
+    def _announce(self, error: TunnelError) -> None:
+        if not self._outage:
+            self._outage = True
             logger.warning("%s; trying again until it answers", error)
-        if self._retry_timer is None and not self._closed:
-            delay = next(self._delays)
-            if isinstance(error, UpgradeRefused) and error.retry_after is not None:
-                delay = max(delay, min(error.retry_after, MAX_RETRY_AFTER))
-            logger.debug("next dial in %.1f s: %s", delay, error)
-            self._retry_timer = self._loop.call_later(delay, self._retry)
+
+    def _plan_retry(self, error: TunnelError) -> None:
+        if self._retry_timer is not None:
+            return
+        delay = next(self._delays)
+        if isinstance(error, UpgradeRefused) and error.retry_after is not None:
+            delay += min(error.retry_after, MAX_RETRY_AFTER)  # still with jitter: others were told the same
+        logger.debug("next dial in %.1f s: %s", delay, error)
+        self._retry_timer = self._loop.call_later(delay, self._retry)
 
     def _retry(self) -> None:
         self._retry_timer = None
         self._settle()
 
-    def _recovered(self) -> None:
-        if not self._failing:
-            return
-        self._failing = False
-        self._recovered_at = self._loop.time()
+    def _answered(self) -> None:
+        # While the retry is planned, whoever succeeds was dialled before the failure, and proves nothing.
+        if self._failing and self._retry_timer is None:
+            self._failing = False
+            self._steady_timer = self._loop.call_later(YOUNG, self._steady)
+
+    def _steady(self) -> None:
+        self._outage = False
+        self._delays = backoff()
         logger.info("the tunnel server answers again")
-        if self._retry_timer is not None:
-            self._retry_timer.cancel()
-            self._retry_timer = None
 
     def _stop_timers(self) -> None:
-        for timer in (self._retry_timer, self._trim_timer):
+        for timer in (self._retry_timer, self._trim_timer, self._steady_timer):
             if timer is not None:
                 timer.cancel()
-        self._retry_timer = self._trim_timer = None
 
     # Waiting for a change of state
 
@@ -355,3 +389,10 @@ class TunnelPool(asyncio.AbstractServer):
             raise self.failure
         if self._closed:
             raise ListenerClosed
+
+
+class _HangUp(asyncio.Protocol):
+    """Stands in for a protocol that could not be made: ends the visitor's connection."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        transport.close()

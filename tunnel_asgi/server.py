@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import copy
+import importlib.util
+import inspect
 import logging
 import os
 import socket
@@ -16,10 +18,14 @@ import uvicorn
 import uvicorn.config
 import uvicorn.server
 from uvicorn.importer import ImportFromStringError, import_from_string
+from uvicorn.lifespan.on import LifespanOn
+from uvicorn.middleware.asgi2 import ASGI2Middleware
+from uvicorn.middleware.message_logger import MessageLoggerMiddleware
+from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
 from tunnel_asgi.config import PublicURL, TunnelConfig, read_key_file
 from tunnel_asgi.errors import AppLoadFailed, ConfigError, LifespanFailed
-from tunnel_asgi.guard import Timeouts, guarded
+from tunnel_asgi.guard import Timeouts, guarded, guarded_websocket
 from tunnel_asgi.local import LocalRelay
 from tunnel_asgi.pool import STANDBY, TunnelPool, adaptive_standby
 
@@ -28,7 +34,7 @@ __all__ = ["Config", "Server", "serve"]
 logger = logging.getLogger("uvicorn.error")
 
 GRACEFUL_SHUTDOWN = 10  # seconds; uvicorn's default is for ever, so one SSE visitor would block Ctrl+C
-LAST_WORDS = 1.0  # seconds for what cancelled requests still answer
+LAST_WORDS = 1.0  # seconds for what cancelled tasks still do and answer
 
 SOCKET_OPTIONS = frozenset(
     {
@@ -104,8 +110,8 @@ class Config(uvicorn.Config):
             "http": "h11",
             "proxy_headers": False,
             "timeout_graceful_shutdown": GRACEFUL_SHUTDOWN,
-            "log_config": logging_config(),
         }
+        uvicorn_options.setdefault("log_config", logging_config())  # None is an answer: leave logging alone
         given = {name: value for name, value in uvicorn_options.items() if name not in options or value is not None}
         super().__init__(app, port=port, **(options | given))
 
@@ -156,6 +162,17 @@ class Config(uvicorn.Config):
         if self.log_level is not None:
             logging.getLogger("tunnel_asgi").setLevel(logging.getLogger("uvicorn.error").level)
 
+    def get_loop_factory(self) -> Callable[[], asyncio.AbstractEventLoop] | None:
+        """The event loop ``Server.run`` uses.
+
+        Raises:
+            ConfigError: there is none of that name, or it is not installed.
+        """
+        try:
+            return super().get_loop_factory()
+        except (ImportError, SystemExit) as error:
+            raise ConfigError(f"the event loop {self.loop!r} is not installed (uvloop is in [fast])") from error
+
     def load_app(self) -> Any:
         """Import the app.
 
@@ -179,14 +196,36 @@ class Config(uvicorn.Config):
             ConfigError: a parser that is not installed was asked for.
         """
         self._choose_parser()
+        asked_for = self.interface
         try:
             super().load()
-        except SystemExit as error:  # uvicorn has logged why
-            raise AppLoadFailed(f"the factory {_app_name(self.app)} could not be called without arguments") from error
-        if not callable(self.loaded_app):
-            raise AppLoadFailed(f"{_app_name(self.app)} returned a {type(self.loaded_app).__name__}, not an ASGI app")
+        except ImportFromStringError as error:
+            raise ConfigError(f"cannot load a protocol: {error}") from error
+        except SystemExit as error:
+            raise self._factory_failure(error) from error
+        self._check_interface(_unwrapped(self.loaded_app), guessed=asked_for == "auto")
+        if self.lifespan_class is LifespanOn:
+            self.lifespan_class = Lifespan
+        if self.ws in ("auto", "websockets-sansio", "wsproto") and self.ws_protocol_class is not None:
+            self.ws_protocol_class = guarded_websocket(self.ws_protocol_class)
+
+    def _factory_failure(self, error: SystemExit) -> BaseException:
+        cause = error.__context__
+        if not isinstance(cause, TypeError) or cause.__traceback__ is None:
+            return error  # the user's own exit
+        if cause.__traceback__.tb_next is not None:
+            return cause  # it was called, and failed inside
+        return AppLoadFailed(f"the factory {_app_name(self.app)} could not be called without arguments: {cause}")
+
+    def _check_interface(self, app: Any, *, guessed: bool) -> None:
+        if not callable(app):
+            raise AppLoadFailed(f"{_app_name(self.app)} returned a {type(app).__name__}, not an ASGI app")
+        if guessed and self.interface == "asgi2" and _is_wsgi(app):
+            raise AppLoadFailed(f"{_app_name(self.app)} is a WSGI app, not an ASGI app: use --interface wsgi")
 
     def _choose_parser(self) -> None:
+        if self.ws == "wsproto" and importlib.util.find_spec("wsproto") is None:
+            raise ConfigError("wsproto is not installed: pip install wsproto, or leave out --ws")
         if self.http not in ("auto", "h11", "httptools"):
             return  # a parser of the user's own, or one whose rules we do not know
         try:
@@ -205,6 +244,41 @@ def _app_name(app: Any) -> str:
     return repr(app) if isinstance(app, str) else f"the app ({type(app).__name__})"
 
 
+def _unwrapped(app: Any) -> Any:
+    """The app without what uvicorn put around it."""
+    wrappers = (ProxyHeadersMiddleware, MessageLoggerMiddleware, ASGI2Middleware, uvicorn.config.WSGIMiddleware)
+    while type(app) in wrappers:
+        app = app.app
+    return app
+
+
+def _is_wsgi(app: Any) -> bool:
+    """Whether it needs two arguments, ``environ`` and ``start_response``; ASGI 2 takes one."""
+    try:
+        signature = inspect.signature(app)
+    except (TypeError, ValueError):
+        return False
+    return _accepts(signature, 2) and not _accepts(signature, 1)
+
+
+def _accepts(signature: inspect.Signature, count: int) -> bool:
+    try:
+        signature.bind(*range(count))
+    except TypeError:
+        return False
+    return True
+
+
+class Lifespan(LifespanOn):
+    """uvicorn's lifespan, with a hand on its task."""
+
+    task: asyncio.Task[None] | None = None
+
+    async def main(self) -> None:
+        self.task = asyncio.current_task()
+        await super().main()
+
+
 class Server(uvicorn.Server):
     """uvicorn's server over a tunnel.
 
@@ -218,8 +292,8 @@ class Server(uvicorn.Server):
         self._on_started = on_started or self.announce
         self._exit_event: asyncio.Event | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
-        super().__init__(config)
         self.pool: TunnelPool | None = None
+        super().__init__(config)
 
     @property
     def should_exit(self) -> bool:
@@ -229,8 +303,37 @@ class Server(uvicorn.Server):
     @should_exit.setter
     def should_exit(self, value: bool) -> None:
         self._should_exit = value
-        if value and self._loop is not None and self._exit_event is not None and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._exit_event.set)
+        if value and self._exit_event is not None:
+            self._call_soon(self._exit_event.set)
+
+    @property
+    def force_exit(self) -> bool:
+        """Set it, beside ``should_exit``, to wait for nothing and nobody any more."""
+        return self._force_exit
+
+    @force_exit.setter
+    def force_exit(self, value: bool) -> None:
+        self._force_exit = value
+        if value:
+            self._call_soon(self._abandon)
+
+    def _call_soon(self, callback: Callable[[], object]) -> None:
+        if self._loop is not None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: it is all over
+                self._loop.call_soon_threadsafe(callback)
+
+    def _abandon(self) -> None:
+        for task in self._tasks():
+            task.cancel()
+        if self.pool is not None:
+            self.pool.close()
+            self.pool.abort_clients()
+
+    def _tasks(self) -> list[asyncio.Task[None]]:
+        """Of requests and of the lifespan, as far as they are not done."""
+        lifespan = getattr(self.lifespan, "task", None)
+        tasks = [*self.server_state.tasks, *([lifespan] if lifespan is not None else [])]
+        return [task for task in tasks if not task.done()]
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
         """Serve until told to stop. Cancelling shuts down cleanly, too. ``sockets`` has no meaning here.
@@ -247,17 +350,17 @@ class Server(uvicorn.Server):
                 await self._serve()
 
     async def _serve(self, sockets: list[socket.socket] | None = None) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._exit_event = asyncio.Event()
         self.lifespan = self.config.lifespan_class(self.config)
+        self._exit_event = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+        if self.should_exit:  # a signal came while the app was imported
+            self._exit_event.set()
         logger.info("Started server process [%d]", os.getpid())
-        await self._start_lifespan()
         try:
-            await self._open_pool()
-            if not self.should_exit:
-                await self.main_loop()
+            await self._start_lifespan()
+            await self._serve_visitors()
         finally:
-            await self.shutdown()
+            await self._end_tasks()
         logger.info("Finished server process [%d]", os.getpid())
         if self.pool is not None and self.pool.failure is not None:
             raise self.pool.failure
@@ -266,6 +369,15 @@ class Server(uvicorn.Server):
         await self.lifespan.startup()
         if self.lifespan.should_exit:
             raise LifespanFailed
+
+    async def _serve_visitors(self) -> None:
+        try:
+            if not self.should_exit:
+                await self._open_pool()
+            if not self.should_exit:
+                await self.main_loop()
+        finally:
+            await self.shutdown()
 
     async def _open_pool(self) -> None:
         """Return once a WebSocket waits, or ``should_exit`` is set."""
@@ -310,20 +422,45 @@ class Server(uvicorn.Server):
         )
 
     async def on_tick(self, counter: int) -> bool:
-        over = self.pool is not None and self.pool.failure is not None
+        over = self._tunnel_is_over()
         return await super().on_tick(counter) or over
+
+    def _tunnel_is_over(self) -> bool:
+        """Whether the tunnel failed for good, and the last visitor is gone."""
+        pool = self.pool
+        if pool is None or pool.failure is None:
+            return False
+        if pool.accepting:
+            logger.error("The tunnel failed, no new visitors can come: %s", pool.failure)
+            pool.close()
+        return not pool.busy
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Stop waiting, finish what is in flight, end the lifespan, close the tunnel."""
         if self.pool is None:
             self.servers = []
-        await super().shutdown()
-        if self.pool is not None:
-            self.pool.close_clients()
+        try:
+            await super().shutdown()
+        finally:
+            if self.pool is not None:
+                await self._close_pool(self.pool)
+
+    async def _close_pool(self, pool: TunnelPool) -> None:
+        pool.close_clients()
+        try:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(0 if self.force_exit else LAST_WORDS):
-                    await self.pool.wait_closed()
-            await self.pool.aclose()
+                    await pool.wait_closed()
+        finally:
+            await pool.aclose()
+
+    async def _end_tasks(self) -> None:
+        """Cancel what would outlive ``serve()``, and give it a moment."""
+        tasks = self._tasks()
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks, timeout=LAST_WORDS)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """The first signal drains, the second one of either kind forces."""

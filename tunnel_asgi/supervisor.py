@@ -1,7 +1,7 @@
 """Several processes for one app: ``--workers``, ``--reload``, and ``run()`` that chooses.
 
 Nothing binds a port, so a new worker can wait for visitors *before* the old one goes. That is the one idea here:
-a replacement is started, and only when it says it is ready is its predecessor told to drain. A replacement that
+a replacement is started, and only when it says it is ready is its predecessor told to retire. A replacement that
 does not start changes nothing.
 """
 
@@ -9,39 +9,42 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import multiprocessing
+import math
 import os
 import signal
+import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Generator
-from multiprocessing.connection import Connection, wait
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Mapping
+from multiprocessing.connection import wait
+from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
-from uvicorn.config import STARTUP_FAILURE
+from uvicorn.config import HTTP_PROTOCOLS, LOOP_FACTORIES, WS_PROTOCOLS
+from uvicorn.importer import ImportFromStringError, import_from_string
 from uvicorn.supervisors import ChangeReload
+from uvicorn.supervisors.statreload import StatReload
 
 from tunnel_asgi.errors import ConfigError, TunnelError
 from tunnel_asgi.server import Config, Server
+from tunnel_asgi.worker import KILL_MARGIN, READY, SIGHUP, Failed, Worker
 
 __all__ = ["Supervisor", "WorkersFailed", "run"]
 
 logger = logging.getLogger("uvicorn.error")
 
-_spawn = multiprocessing.get_context("spawn")
-
-KILL_MARGIN = 5.0  # seconds a worker may take beyond its own graceful shutdown
-RESPAWN_DELAY = 1.0  # seconds before a worker that died is replaced; a crash loop must not burn a core
-READY = "ready"
+RESPAWN_DELAY = 1.0  # seconds between two starts of one worker, doubled by each that fails: a loop must not burn a core
+MAX_RESPAWN_DELAY = 60.0  # seconds
 
 
 class WorkersFailed(TunnelError):
-    """No worker could start; each has said why."""
+    """No worker serves, and none could start."""
 
-    def __str__(self) -> str:
-        return "no worker could start (their own messages stand above)"
+    def __init__(self, reason: str = "no worker could start (the reason stands above)") -> None:
+        super().__init__(reason)
 
 
 def run(app: Any, *, app_dir: str | None = None, **options: Any) -> None:
@@ -55,7 +58,7 @@ def run(app: Any, *, app_dir: str | None = None, **options: Any) -> None:
     """
     if app_dir is not None:
         sys.path.insert(0, app_dir)
-    config = Config(app, **options)
+    config = _make_config(app, options)
     if config.use_subprocess and not isinstance(app, str):
         raise ConfigError("to use reload or workers, pass the app as an import string such as 'main:app'")
     with contextlib.suppress(KeyboardInterrupt):
@@ -67,182 +70,232 @@ def run(app: Any, *, app_dir: str | None = None, **options: Any) -> None:
             Server(config).run()
 
 
+def _make_config(app: Any, options: dict[str, Any]) -> Config:
+    try:
+        config = Config(app, **options)
+    except ModuleNotFoundError as error:
+        if error.name != "dotenv":
+            raise
+        raise ConfigError("--env-file needs python-dotenv, which is not installed") from error
+    for option, known in (("loop", LOOP_FACTORIES), ("http", HTTP_PROTOCOLS), ("ws", WS_PROTOCOLS)):
+        _check_implementation(option, getattr(config, option), known)
+    return config
+
+
+def _check_implementation(option: str, name: Any, known: Mapping[str, str | None]) -> None:
+    """uvicorn would notice a wrong one with a traceback, and in each worker."""
+    try:
+        import_from_string(known.get(name, name) if isinstance(name, str) else name)
+    except ImportFromStringError as error:
+        names = ", ".join(known)
+        raise ConfigError(f"cannot use --{option} {name}: it is none of {names}, and no <module>:<name>") from error
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"--{option} {name} needs {error.name}, which is not installed") from error
+
+
 class Supervisor:
-    """Keeps ``config.workers`` processes serving; replaces them on a change of the code and on SIGHUP."""
+    """Keeps ``config.workers`` processes serving; replaces them on a change of the code and on SIGHUP.
+
+    A worker that dies is replaced, and so is one whose loop stands still for ``timeout_worker_healthcheck``
+    seconds (never under ``reload``: there it may stand in a debugger).
+    """
 
     def __init__(self, config: Config) -> None:
         self._config = config
-        self._serving: list[_Worker] = []
-        self._starting: list[_Worker] = []
-        self._leaving: list[_Worker] = []
+        self._serving: list[Worker] = []  # in the order in which they will retire
+        self._starting: list[Worker] = []
+        self._leaving: list[Worker] = []
         self._count = 1 if config.should_reload else config.workers
-        self._ever_ready = False
+        self._patience = 0.0 if config.should_reload else config.timeout_worker_healthcheck
         self._announced = False
-        self._signals: list[int] = []
-        self._changes: list[str] = []
-        self._respawn_at: float | None = None
-        self._wake_read, self._wake_write = os.pipe()
-        os.set_blocking(self._wake_write, False)
+        self._failed_starts = 0
+        self._failure: WorkersFailed | None = None
+        self._respawn_at = math.inf
+        self._bell = _Bell()
+        self._signals: deque[int] = deque()
+        self._changes: deque[str] = deque()
+        self._stops = 0
+        self._on_terminal = _on_terminal()
 
     def run(self) -> None:
-        """Supervise until a signal comes and the last worker is gone.
+        """Supervise until a signal comes and the last worker is gone. To be called once.
 
         Raises:
-            WorkersFailed: without reload, if no worker ever started.
+            WorkersFailed: no worker could start while none served. Under ``reload`` a change of the code is
+                waited for instead, if that may help.
         """
         logger.info("Started parent process [%d]", os.getpid())
-        with self._signal_handlers(), self._watcher():
+        with self._bell, self._signal_handlers(), self._watcher():
             try:
                 self._replace_all()
-                while not self._over():
+                while not self._stops and self._failure is None:
                     self._wait()
                 self._stop()
             finally:
                 self._kill_all()
         logger.info("Stopped parent process [%d]", os.getpid())
-        if not self._ever_ready and not self._signals and not self._config.should_reload:
-            raise WorkersFailed
+        if self._failure is not None and not self._stops:
+            raise self._failure
 
     # What happened.
 
     def _wait(self) -> None:
         workers = [*self._serving, *self._starting, *self._leaving]
         sources: list[Any] = [worker.process.sentinel for worker in workers]
-        sources += [worker.pipe for worker in self._starting]
-        wait([*sources, self._wake_read], timeout=self._next_deadline())
-        self._drain_wakeups()
+        sources += [worker.pipe for worker in workers if not worker.mute]
+        wait([*sources, self._bell.socket], timeout=self._time_left())
+        self._bell.silence()
         for worker in workers:
             self._look_at(worker)
         self._act_on_requests()
         self._act_on_deadlines()
 
-    def _look_at(self, worker: _Worker) -> None:
-        if worker in self._starting and worker.is_ready():
-            self._became_ready(worker)
-        if not worker.process.is_alive():
+    def _look_at(self, worker: Worker) -> None:
+        alive = worker.process.is_alive()  # asked first: what it said before it died is still read
+        for message in worker.messages():
+            self._heard(worker, message)
+        if not alive:
             self._died(worker)
 
-    def _became_ready(self, worker: _Worker) -> None:
+    def _heard(self, worker: Worker, message: object) -> None:
+        if isinstance(message, Failed):
+            worker.failure = message
+            return
+        worker.answered()
+        if message == READY and worker in self._starting:
+            self._became_ready(worker)
+
+    def _became_ready(self, worker: Worker) -> None:
         self._starting.remove(worker)
         self._serving.append(worker)
-        self._ever_ready = True
+        self._failed_starts = 0
         if not self._announced:
             self._announced = True
             logger.info("Serving at %s (Press CTRL+C to quit)", self._config.public_url)
         while len(self._serving) > self._count:
             self._retire(self._serving.pop(0))
 
-    def _died(self, worker: _Worker) -> None:
-        worker.process.join()
-        worker.pipe.close()
+    def _died(self, worker: Worker) -> None:
+        worker.close()
         if worker in self._leaving:
             self._leaving.remove(worker)
         elif worker in self._serving:
             self._serving.remove(worker)
-            logger.warning("Worker [%s] ended with exit code %s", worker.process.pid, worker.process.exitcode)
-            self._respawn_at = time.monotonic() + RESPAWN_DELAY
-        elif worker in self._starting:
+            logger.warning("Worker [%s] %s", worker.process.pid, worker.epitaph("ended"))
+            self._plan_respawn(worker)
+        else:
             self._starting.remove(worker)
-            self._failed_to_start(worker)
+            self._failed_starts += 1
+            self._did_not_start(worker)
 
-    def _failed_to_start(self, worker: _Worker) -> None:
-        if self._serving:
-            logger.error("Worker [%s] did not start; the running code goes on serving", worker.process.pid)
-        elif self._config.should_reload:
-            logger.error("Worker [%s] did not start; waiting for a change", worker.process.pid)
-
-    def _over(self) -> bool:
-        if self._signals:
-            return True
-        nothing_left = not self._serving and not self._starting and self._respawn_at is None
-        return nothing_left and not self._config.should_reload
+    def _did_not_start(self, worker: Worker) -> None:
+        reload = self._config.should_reload
+        mendable = reload and (worker.failure is None or worker.failure.mendable)
+        if not self._serving and not mendable:
+            self._failure = WorkersFailed(worker.failure.reason) if worker.failure else WorkersFailed()
+            return
+        rest = "the running code goes on serving" if self._serving else "waiting for a change"
+        logger.error("Worker [%s] %s; %s", worker.process.pid, worker.epitaph("did not start"), rest)
+        if not reload:
+            self._plan_respawn(worker)
 
     # What is done about it.
 
     def _replace_all(self) -> None:
         for worker in self._starting:
             self._retire(worker)
-        self._starting = [self._spawn_worker() for _ in range(self._count)]
+        self._starting = []
+        self._spawn(self._count)
 
-    def _spawn_worker(self) -> _Worker:
-        worker = _Worker(self._config)
-        worker.process.start()
-        worker.close_childs_end()
-        return worker
+    def _spawn(self, number: int) -> None:
+        for _ in range(number):
+            self._starting.append(Worker(self._config))
 
-    def _retire(self, worker: _Worker) -> None:
-        worker.leave(self._grace())
+    def _retire(self, worker: Worker) -> None:
+        worker.retire(self._grace())
         self._leaving.append(worker)
+
+    def _plan_respawn(self, worker: Worker) -> None:
+        delay = min(RESPAWN_DELAY * 2**self._failed_starts, MAX_RESPAWN_DELAY)
+        self._respawn_at = min(self._respawn_at, worker.started_at + delay)
 
     def _grace(self) -> float:
         return (self._config.timeout_graceful_shutdown or 0) + KILL_MARGIN
 
     def _act_on_requests(self) -> None:
-        hangups, self._signals = (
-            [number for number in self._signals if number == _SIGHUP],
-            [number for number in self._signals if number != _SIGHUP],
-        )
-        changes, self._changes = self._changes, []
+        changes, signals = list(_drain(self._changes)), list(_drain(self._signals))
+        hangups = len([number for number in signals if number == SIGHUP and self._on_terminal == _on_terminal()])
+        self._stops += len(signals) - hangups
+        if self._stops:
+            return
         if changes:
             logger.warning("Detected changes in %s. Reloading...", ", ".join(sorted(set(changes))))
         if hangups:
-            logger.info("Received SIGHUP, replacing the workers one by one.")
-        if (changes or hangups) and not self._signals:
-            self._respawn_at = None
+            logger.info("Received SIGHUP, replacing the workers")
+        if changes or hangups:
+            self._respawn_at = math.inf
             self._replace_all()
 
     def _act_on_deadlines(self) -> None:
         now = time.monotonic()
-        if self._respawn_at is not None and now >= self._respawn_at:
-            self._respawn_at = None
-            missing = self._count - len(self._serving) - len(self._starting)
-            self._starting += [self._spawn_worker() for _ in range(missing)]
         for worker in self._leaving:
             worker.kill_if_late(now)
+        if self._patience:
+            for worker in list(self._serving):
+                if worker.check(now, self._patience):
+                    self._hangs(worker)
+        if now >= self._respawn_at and not self._stops:
+            self._respawn_at = math.inf
+            healthy = [worker for worker in self._serving if not worker.hangs]
+            self._spawn(self._count - len(healthy) - len(self._starting))
 
-    def _next_deadline(self) -> float | None:
-        deadlines = [worker.kill_at for worker in self._leaving]
-        if self._respawn_at is not None:
-            deadlines.append(self._respawn_at)
-        return max(0.0, min(deadlines) - time.monotonic()) if deadlines else None
+    def _hangs(self, worker: Worker) -> None:
+        """Let it go first, but not before there is another: it may be busy, and come back."""
+        logger.error("Worker [%s] hangs, starting another one", worker.process.pid)
+        self._serving.remove(worker)
+        self._serving.insert(0, worker)
+        self._plan_respawn(worker)
+
+    def _time_left(self) -> float | None:
+        """Seconds to the next thing to do, None if there is none."""
+        deadlines = [self._respawn_at, *(worker.kill_at for worker in self._leaving)]
+        if self._patience:
+            deadlines += [worker.check_at for worker in self._serving]
+        first = min(deadlines)
+        return None if math.isinf(first) else max(0.0, first - time.monotonic())
 
     def _stop(self) -> None:
         """Let every worker drain; a second signal forces them."""
-        for worker in [*self._serving, *self._starting]:
-            self._retire(worker)
+        self._leaving += [*self._serving, *self._starting]
         self._serving, self._starting = [], []
+        for worker in self._leaving:
+            worker.stop(self._grace())
         forced = False
         while self._leaving:
             self._wait()
-            if len(self._signals) > 1 and not forced:
+            if self._stops > 1 and not forced:
                 forced = True
                 for worker in self._leaving:
-                    worker.terminate()
+                    worker.process.terminate()
 
     def _kill_all(self) -> None:
         for worker in [*self._serving, *self._starting, *self._leaving]:
             worker.process.kill()
-            worker.process.join()
-        os.close(self._wake_read)
-        os.close(self._wake_write)
+            worker.close()
 
-    # Wake-ups: signals and changes come from elsewhere.
-
-    def _wake(self) -> None:
-        with contextlib.suppress(BlockingIOError):  # full: it will wake anyway
-            os.write(self._wake_write, b"\0")
-
-    def _drain_wakeups(self) -> None:
-        if wait([self._wake_read], timeout=0):
-            os.read(self._wake_read, 4096)
+    # Requests come from signal handlers and from the watcher's thread.
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._signals.append(number)
-        self._wake()
+        self._bell.ring()
+
+    def _on_change(self, paths: list[str]) -> None:
+        self._changes.extend(paths)
+        self._bell.ring()
 
     @contextlib.contextmanager
     def _signal_handlers(self) -> Generator[None]:
-        numbers = [number for number in (signal.SIGINT, signal.SIGTERM, _SIGHUP) if number is not None]
+        numbers = [number for number in (signal.SIGINT, signal.SIGTERM, SIGHUP) if number is not None]
         previous = {number: signal.signal(number, self._on_signal) for number in numbers}
         try:
             yield
@@ -255,95 +308,77 @@ class Supervisor:
         if not self._config.should_reload:
             yield
             return
-        watcher = _ChangeWatcher(self._config, self._on_changes)
+        watcher = _ChangeWatcher(self._config, self._on_change)
         watcher.start()
         try:
             yield
         finally:
             watcher.stop()
 
-    def _on_changes(self, paths: list[str]) -> None:
-        self._changes += paths
-        self._wake()
+
+_Item = TypeVar("_Item")
 
 
-_SIGHUP: int | None = getattr(signal, "SIGHUP", None)
+def _drain(queue: deque[_Item]) -> Iterator[_Item]:
+    while queue:
+        yield queue.popleft()
+
+
+def _on_terminal() -> bool:
+    """False also when the terminal was closed. Then SIGHUP means the end, not a request for new workers."""
+    return os.isatty(2)
+
+
+class _Bell:
+    """Wakes ``wait()`` from a signal handler or another thread."""
+
+    def __init__(self) -> None:
+        self.socket, self._outside = socket.socketpair()
+        """What to wait for."""
+        self.socket.setblocking(False)
+        self._outside.setblocking(False)
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.socket.close()
+        self._outside.close()
+
+    def ring(self) -> None:
+        with contextlib.suppress(BlockingIOError):  # full: it will wake anyway
+            self._outside.send(b"\0")
+
+    def silence(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            self.socket.recv(4096)
 
 
 class _ChangeWatcher(threading.Thread):
     """uvicorn's own watcher (watchfiles if installed, else polling), asked from a thread."""
 
-    def __init__(self, config: Config, on_changes: Callable[[list[str]], None]) -> None:
+    def __init__(self, config: Config, on_change: Callable[[list[str]], None]) -> None:
         super().__init__(name="tunnel-asgi watcher", daemon=True)
         self._reloader = ChangeReload(config, target=lambda _: None, sockets=[])
-        self._on_changes = on_changes
+        self._on_change = on_change
 
     def run(self) -> None:
-        for changes in self._reloader:
-            if changes:
-                self._on_changes([os.path.relpath(path) for path in changes])
-                if hasattr(self._reloader, "mtimes"):  # the polling one reports a change until it is told
-                    self._reloader.mtimes = {}
+        try:
+            for changes in self._reloader:
+                if changes:
+                    self._take_note()
+                    self._on_change([os.path.relpath(path) for path in changes])
+        except OSError as error:
+            logger.error("Cannot watch for changes any more: %s", error)
 
     def stop(self) -> None:
         self._reloader.should_exit.set()
         self.join()
 
-
-class _Worker:
-    """One process, and the pipe on which it says it is ready."""
-
-    def __init__(self, config: Config) -> None:
-        self.pipe, self._childs_end = _spawn.Pipe()
-        self.process = _spawn.Process(target=_work, args=(config, self._childs_end))
-        self.kill_at = 0.0
-
-    def close_childs_end(self) -> None:
-        """Only the child may hold it, or its death would not show here."""
-        self._childs_end.close()
-
-    def is_ready(self) -> bool:
-        try:
-            return self.pipe.poll() and self.pipe.recv() == READY
-        except (EOFError, OSError):
-            return False
-
-    def leave(self, grace: float) -> None:
-        """Drain and exit; ``kill_if_late`` acts after ``grace`` seconds."""
-        self.kill_at = time.monotonic() + grace
-        self.terminate()
-
-    def terminate(self) -> None:
-        if self.process.is_alive():
-            self.process.terminate()
-
-    def kill_if_late(self, now: float) -> None:
-        if now >= self.kill_at and self.process.is_alive():
-            logger.warning("Worker [%s] did not leave in time, killing it", self.process.pid)
-            self.process.kill()
-
-
-class _WorkerServer(Server):
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        # Ctrl+C reaches the whole process group; the parent alone decides, and sends SIGTERM.
-        if sig != signal.SIGINT:
-            super().handle_exit(sig, frame)
-
-
-def _work(config: Config, pipe: Connection) -> None:
-    """The main function of a worker process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    config.configure_logging()
-    server = _WorkerServer(config, on_started=lambda: pipe.send(READY))
-    threading.Thread(target=_leave_with_parent, args=(pipe, server), daemon=True).start()
-    try:
-        server.run()
-    except TunnelError as error:
-        logger.error("%s", error)
-        sys.exit(1 if server.started else STARTUP_FAILURE)
-
-
-def _leave_with_parent(pipe: Connection, server: Server) -> None:
-    with contextlib.suppress(EOFError, OSError):
-        pipe.recv()  # nothing is ever sent: this returns when the parent is gone
-    server.should_exit = True
+    def _take_note(self) -> None:
+        """The polling watcher reports a change again and again until it is told."""
+        if not isinstance(self._reloader, StatReload):
+            return
+        for path in self._reloader.iter_py_files():
+            with contextlib.suppress(OSError):
+                self._reloader.mtimes[path] = Path(path).stat().st_mtime

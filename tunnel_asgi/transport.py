@@ -66,8 +66,8 @@ class TunnelTransport(asyncio.Transport):
     ) -> None:
         super().__init__(dict(extra))
         self._wire: Wire | None = wire
-        self._protocol: Any = protocol
         self._loop = loop
+        self.set_protocol(protocol)
 
         self._pending: deque[bytes | memoryview] = deque()
         self._pending_size = 0
@@ -80,7 +80,7 @@ class TunnelTransport(asyncio.Transport):
 
         self._reading_paused = False
         self._wire_paused = False
-        self._held: deque[bytes] = deque()
+        self._held: deque[bytes | memoryview] = deque()
         self._held_size = 0
         self._input_end: Callable[[], None] | None = None
         self._resume_scheduled = False
@@ -105,8 +105,10 @@ class TunnelTransport(asyncio.Transport):
             return
         if self._reading_paused or self._held:
             self._hold(data)
-        else:
-            self._deliver(data)
+            return
+        self._deliver(data)
+        if self._held:  # more than a BufferedProtocol took at once
+            self._deliver_held()
 
     def feed_eof(self) -> None:
         """The visitor ended its direction."""
@@ -148,7 +150,8 @@ class TunnelTransport(asyncio.Transport):
         self._flush()
 
     def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
-        self._protocol = protocol
+        self._protocol: Any = protocol
+        self._protocol_buffers = isinstance(protocol, asyncio.BufferedProtocol)
 
     def get_protocol(self) -> asyncio.BaseProtocol:
         return cast(asyncio.BaseProtocol, self._protocol)
@@ -227,8 +230,23 @@ class TunnelTransport(asyncio.Transport):
 
     # Reading
 
-    def _deliver(self, data: bytes) -> None:
-        self._call_protocol(self._protocol.data_received, data)
+    def _deliver(self, data: bytes | memoryview) -> None:
+        if self._protocol_buffers:
+            self._call_protocol(self._fill_buffer, memoryview(data))
+        else:
+            self._call_protocol(self._protocol.data_received, bytes(data))
+
+    def _fill_buffer(self, data: memoryview) -> None:
+        """Fill the buffer of a BufferedProtocol once; hold what does not fit."""
+        buffer = memoryview(self._protocol.get_buffer(len(data))).cast("B")
+        size = min(len(buffer), len(data))
+        if not size:
+            raise RuntimeError("get_buffer() returned an empty buffer")
+        buffer[:size] = data[:size]
+        if size < len(data):
+            self._held.appendleft(data[size:])
+            self._held_size += len(data) - size
+        self._protocol.buffer_updated(size)
 
     def _deliver_eof(self) -> None:
         if not self._call_protocol(self._protocol.eof_received):
@@ -281,7 +299,7 @@ class TunnelTransport(asyncio.Transport):
             return
         wire = self._wire
         while self._pending and wire is not None and wire.writable:
-            wire.send_data(self._next_slice())
+            wire.send_data(self._next_message())
         self._update_writing()
         if not self._pending:
             self._after_flush()
@@ -292,19 +310,20 @@ class TunnelTransport(asyncio.Transport):
         if self._closing:
             self._finish(None)
 
-    def _next_slice(self) -> bytes | memoryview:
-        if self._pending_size <= SLICE:
-            data = b"".join(self._pending)
-            self._pending.clear()
-            self._pending_size = 0
-            return data
-        first = self._pending.popleft()
-        if len(first) > SLICE:
-            rest = memoryview(first)
-            self._pending.appendleft(rest[SLICE:])
-            first = rest[:SLICE]
-        self._pending_size -= len(first)
-        return first
+    def _next_message(self) -> bytes | memoryview:
+        """Up to SLICE bytes: small writes joined, or a piece of a large one, which is not copied."""
+        chunks: list[bytes | memoryview] = []
+        room = SLICE
+        while self._pending and len(self._pending[0]) <= room:
+            chunks.append(self._pending.popleft())
+            room -= len(chunks[-1])
+        if not chunks:
+            large = memoryview(self._pending.popleft())
+            self._pending.appendleft(large[SLICE:])
+            chunks.append(large[:SLICE])
+            room = 0
+        self._pending_size -= SLICE - room
+        return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 
     def _send_eof(self) -> None:
         if not self._eof_sent and self._wire is not None:
@@ -312,6 +331,8 @@ class TunnelTransport(asyncio.Transport):
             self._wire.send_eof()
 
     def _update_writing(self) -> None:
+        if self._lost_scheduled:
+            return
         if not self._writing_paused and self._pending_size > self._high:
             self._writing_paused = True
             self._call_protocol(self._protocol.pause_writing)
@@ -321,7 +342,7 @@ class TunnelTransport(asyncio.Transport):
 
     # The end
 
-    def _finish(self, error: Exception | None) -> None:
+    def _finish(self, error: BaseException | None) -> None:
         """Forget all buffers, end the direction, let go of the wire, tell the protocol once."""
         if self._lost_scheduled:
             return
@@ -336,7 +357,7 @@ class TunnelTransport(asyncio.Transport):
         if wire is not None:
             wire.release()
 
-    def _tell_lost(self, error: Exception | None) -> None:
+    def _tell_lost(self, error: BaseException | None) -> None:
         self._call_protocol(self._protocol.connection_lost, error)
 
     def _call_protocol(self, call: Callable[..., Any], *args: Any) -> Any:
@@ -354,5 +375,5 @@ class TunnelTransport(asyncio.Transport):
                     "protocol": self._protocol,
                 }
             )
-            self.abort()
+            self._finish(error)
             return None

@@ -271,7 +271,6 @@ class Relay(DialFaults):
 
     def _blame(self, reason: str) -> None:
         self.violations.append(reason)
-        logger.warning("a client broke the protocol: %s", reason)
         self._changed()
 
     # Visitors

@@ -96,6 +96,7 @@ class Tunnel:
         visitor = cast(Visitor, self.visitor)
         visitor.dropped = True
         visitor.abort()
+        self._changed()
         await self._ws.send(message)
 
     async def send_raw(self, message: str | bytes) -> None:
@@ -164,7 +165,7 @@ class Tunnel:
 
     async def _punish(self, reason: str) -> None:
         self._router.withdraw(self)
-        self._blame(reason)
+        self._record(reason)
         if self.visitor is not None:
             self.visitor.abort()
         async with asyncio.TaskGroup() as group:
@@ -177,9 +178,15 @@ class Tunnel:
     def _judge_close(self, error: ConnectionClosedError) -> None:
         sent = error.sent
         if sent is not None and sent.code in _BREACH_CODES and not error.rcvd_then_sent:
-            self._blame(sent.reason)
+            self._record(sent.reason)
+
+    def _record(self, breach: str) -> None:
+        whose = self.domain if self.visitor is None else self.visitor.id
+        logger.warning("%s: the client broke the protocol: %s", whose, breach)
+        self._blame(breach)
 
     def _on_lost(self) -> None:
+        self._router.withdraw(self)
         # What the client sent before is still passed on, but a visitor who does not read cannot delay us for ever.
         if self.visitor is not None and self._spoke:
             self.visitor.expire()
@@ -209,6 +216,7 @@ class Tunnel:
         self._spoke = False
         self._retained = bytearray()
         visitor.rerouted = False
+        self._changed()
 
     async def carry(self, visitor: Visitor) -> bool:
         """Serve the visitor until its connection is gone.
@@ -230,15 +238,15 @@ class Tunnel:
 
     async def _pump(self, visitor: Visitor) -> None:
         await self._ws.send(self._side.send_connect(visitor.ip, visitor.id))
-        self._changed()
         while data := await visitor.read():
             self._side.send_data()
             self._retain(data)
             await self._ws.send(data)
-        await self._ws.send(self._side.send_eof())
+        eof = self._side.send_eof()
         if self._side.ended:
             visitor.close()
         self._changed()
+        await self._ws.send(eof)
         await visitor.wait_lost()
         if not visitor.answered:
             raise VisitorLost(visitor.reason)
@@ -247,9 +255,10 @@ class Tunnel:
         if visitor.dropped or self._gone.is_set():
             return
         visitor.dropped = True
-        with suppress(ConnectionClosed):
-            await self._ws.send(self._side.send_drop(reason))
+        message = self._side.send_drop(reason)
         self._changed()
+        with suppress(ConnectionClosed):
+            await self._ws.send(message)
 
     def _retain(self, data: bytes) -> None:
         if self._retained is None:
