@@ -9,7 +9,7 @@ import logging
 import selectors
 import socket
 from collections.abc import Callable, Coroutine
-from typing import Any, ParamSpec
+from typing import Any, ParamSpec, cast
 
 import pytest
 from websockets.client import ClientProtocol
@@ -98,10 +98,9 @@ def run_on_each_loop(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable
 
     signature = inspect.signature(test)
     loop_kind = inspect.Parameter("loop_kind", inspect.Parameter.KEYWORD_ONLY)
-    run.__signature__ = signature.replace(  # type: ignore[attr-defined]
-        parameters=[*signature.parameters.values(), loop_kind]
-    )
-    return run
+    parametrized: Any = run
+    parametrized.__signature__ = signature.replace(parameters=[*signature.parameters.values(), loop_kind])
+    return cast(Callable[..., None], parametrized)
 
 
 async def settle(turns: int = 5) -> None:
@@ -157,8 +156,9 @@ class Recorder(asyncio.Protocol):
         return self.half_close
 
     def connection_lost(self, exc: BaseException | None) -> None:
-        self._note("lost" if exc is None else exc, call="lost", arguments=(exc,))
+        self.events.append("lost" if exc is None else exc)
         self.lost.set()
+        self._call("lost", exc)
 
     def pause_writing(self) -> None:
         self._note("pause")
@@ -177,9 +177,9 @@ class Recorder(asyncio.Protocol):
         """Every byte so far."""
         return b"".join(event for event in self.events if isinstance(event, bytes))
 
-    def _note(self, event: Any, *arguments: Any, call: str = "", **_: Any) -> None:
+    def _note(self, event: str, *arguments: Any) -> None:
         self.events.append(event)
-        self._call(call or event, *arguments)
+        self._call(event, *arguments)
 
     def _call(self, name: str, *arguments: Any) -> None:
         self._news.set()
@@ -195,6 +195,7 @@ class FakeSocket(asyncio.Transport):
 
     def __init__(self) -> None:
         super().__init__()
+        self._loop = asyncio.get_running_loop()
         self.written = bytearray()
         self.buffer_size = 0
         self.reading = True
@@ -209,7 +210,7 @@ class FakeSocket(asyncio.Transport):
     def close(self) -> None:
         if not self.closed:
             self.closed = True
-            asyncio.get_running_loop().call_soon(self.on_closed)
+            self._loop.call_soon(self.on_closed)
 
     def abort(self) -> None:
         self.aborted = True
@@ -232,12 +233,15 @@ class FakeOwner:
     """Records what becomes of a connection; each visitor gets the next of ``protocols``, or a new Recorder."""
 
     def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
         self.accepting = True
         self.log: list[str] = []
         self.error: WebSocketError | None = None
+        self.connections: list[TunnelConnection] = []
         self.visitors: list[Connected] = []
         self.transports: list[TunnelTransport] = []
         self.protocols: list[asyncio.BaseProtocol] = []
+        self.make_protocol: Callable[[], asyncio.BaseProtocol] = Recorder
         self.on: dict[str, Callable[[], None]] = {}
 
     def _note(self, event: str) -> None:
@@ -245,17 +249,16 @@ class FakeOwner:
         self.on.get(event, lambda: None)()
 
     def connection_ready(self, connection: TunnelConnection) -> None:
+        self.connections.append(connection)
         self._note("ready")
 
     def visitor_connected(self, connection: TunnelConnection, visitor: Connected) -> TunnelTransport:
         self.visitors.append(visitor)
         if len(self.protocols) < len(self.visitors):
-            self.protocols.append(Recorder())
+            self.protocols.append(self.make_protocol())
         protocol = self.protocols[len(self.visitors) - 1]
         extra = {"connection_id": visitor.connection_id}
-        self.transports.append(
-            TunnelTransport(connection, protocol, extra=extra, loop=asyncio.get_running_loop())
-        )
+        self.transports.append(TunnelTransport(connection, protocol, extra=extra, loop=self._loop))
         self._note("visitor")
         return self.transports[-1]
 
@@ -318,6 +321,14 @@ class Line:
     def received(self) -> list[Any]:
         """What the client has sent since the last call: str, bytes, Close, or the Opcode of a ping or pong."""
         return [_message(event) for event in self._events()]
+
+    def state(self) -> str:
+        """The connection's state."""
+        return self.connection.state
+
+    def reading(self) -> bool:
+        """Whether the client reads its socket."""
+        return self.socket.reading
 
     def visitor(self, n: int = -1) -> Recorder:
         """The protocol of the nth visitor."""

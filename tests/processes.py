@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -39,7 +39,12 @@ class Running:
     """A child process whose output is read as it comes. It leads a process group, which is killed at the end."""
 
     def __init__(
-        self, *arguments: str, cwd: Path, env: Mapping[str, str] | None = None, command: tuple[str, ...] = TUNNEL_ASGI
+        self,
+        *arguments: str,
+        cwd: Path,
+        env: Mapping[str, str] | None = None,
+        command: tuple[str, ...] = TUNNEL_ASGI,
+        pass_fds: Sequence[int] = (),
     ) -> None:
         self.process = subprocess.Popen(
             [*command, *arguments],
@@ -50,6 +55,7 @@ class Running:
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
+            pass_fds=pass_fds,
         )
         self._lines: list[tuple[str, str]] = []
         self._news = threading.Condition()
@@ -88,24 +94,43 @@ class Running:
 
     def expect(self, pattern: str) -> re.Match[str]:
         """Wait for a line behind the last one expected."""
+
+        def look() -> re.Match[str] | None:
+            for n, (_, line) in enumerate(self._lines[self._seen :], self._seen):
+                if match := re.search(pattern, line):
+                    self._seen = n + 1
+                    return match
+            return None
+
+        return self._wait(look, pattern)
+
+    def expect_times(self, times: int, pattern: str) -> list[re.Match[str]]:
+        """Wait until so many lines match, wherever they stand."""
+
+        def look() -> list[re.Match[str]]:
+            matches = [match for _, line in self._lines if (match := re.search(pattern, line))]
+            return matches if len(matches) >= times else []
+
+        return self._wait(look, pattern)
+
+    def _wait(self, look: Callable[[], T | None], pattern: str) -> T:
         deadline = time.monotonic() + DEADLINE
         with self._news:
-            while True:
-                for n, (_, line) in enumerate(self._lines[self._seen :], self._seen):
-                    if match := re.search(pattern, line):
-                        self._seen = n + 1
-                        return match
+            while not (found := look()):
                 left = deadline - time.monotonic()
                 assert left > 0, f"{pattern!r} did not come:\n{self.output}"
                 assert any(reader.is_alive() for reader in self._readers), f"{pattern!r} never came:\n{self.output}"
                 self._news.wait(min(left, 1))
+        return found
 
     def url(self) -> str:
         """Wait until visitors can be served."""
         return self.expect(r"Serving at (\S+)")[1]
 
     def worker_pids(self, number: int) -> list[int]:
-        return [int(self.expect(r"Started server process \[(\d+)\]")[1]) for _ in range(number)]
+        """The first so many workers, once all of them have started the app."""
+        self.expect_times(number, "Application startup complete")
+        return [int(match[1]) for match in self.expect_times(number, r"Started server process \[(\d+)\]")]
 
     def send(self, number: signal.Signals) -> None:
         self.process.send_signal(number)

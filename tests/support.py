@@ -243,6 +243,9 @@ async def served(app: Any, **options: Any) -> AsyncIterator[Served]:
         assert not server.server_state.tasks
 
 
+VIRTUAL_LIMIT = 30 * 24 * 3600.0  # seconds on the virtual clock
+
+
 class VirtualClockLoop(asyncio.SelectorEventLoop):
     """A loop whose clock jumps to the next timer when there is nothing to do. For tests without sockets.
 
@@ -268,6 +271,7 @@ class _JumpingSelector(selectors.SelectSelector):
             raise AssertionError("the test waits for what will never happen")
         if not ready and timeout:
             self._loop.now += timeout
+            assert self._loop.now < VIRTUAL_LIMIT, "the test goes on for ever"
         return ready
 
 

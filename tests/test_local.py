@@ -28,9 +28,13 @@ def relay_threads() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name == "tunnel-asgi relay"]
 
 
-def is_open(port: int) -> bool:
-    with socket.socket() as one:
-        return one.connect_ex(("127.0.0.1", port)) == 0
+def is_taken(port: int) -> bool:
+    with socket.socket() as other:
+        try:
+            other.bind(("127.0.0.1", port))
+        except OSError:
+            return True
+    return False
 
 
 def test_it_listens_while_it_is_entered_and_leaves_nothing_behind() -> None:
@@ -38,9 +42,9 @@ def test_it_listens_while_it_is_entered_and_leaves_nothing_behind() -> None:
         port = relay.relay.port
         assert relay.url == f"http://127.0.0.1:{port}"
         assert relay.ca_path is None
-        assert is_open(port)
+        assert is_taken(port)
         assert len(relay_threads()) == 1
-    assert not is_open(port)
+    assert not is_taken(port)
     assert not relay_threads()
 
 

@@ -590,6 +590,8 @@ async def test_pausing_again_before_the_resume_took_effect_delivers_nothing() ->
     await settle()
     assert stage.events == ["made"]
     stage.transport.resume_reading()
+    stage.transport.pause_reading()
+    stage.transport.resume_reading()
     await settle()
     assert stage.events == ["made", b"x"]
     stage.transport.abort()
@@ -771,7 +773,7 @@ async def test_an_exception_in_the_protocol_ends_this_visitor_and_is_reported(ca
     assert report["protocol"] is stage.recorder
     if callback != "lost":
         assert isinstance(stage.events[-1], Fault), "connection_lost did not tell why"
-    assert stage.wire.sent == [b""]
+    assert stage.wire.sent[-1] == b""
 
 
 @run_async
@@ -957,11 +959,17 @@ class SocketStage:
             self.peer.shutdown(socket.SHUT_WR)
 
     def read_output(self) -> None:
-        with suppress(OSError):
+        with suppress(BlockingIOError):
             while not self.output_ended:
-                data = self.peer.recv(65536)
+                data = self._receive()
                 self.output += data
                 self.output_ended = not data
+
+    def _receive(self) -> bytes:
+        try:
+            return self.peer.recv(65536)
+        except ConnectionResetError:  # closed over bytes it had not read
+            return b""
 
 
 OPERATIONS = st.one_of(
@@ -1001,9 +1009,7 @@ def test_it_behaves_as_asyncios_own_transport(half_close: bool, operations: list
             await settle(8)
             assert ours.transport.is_closing() == theirs.transport.is_closing()
             assert ours.transport.is_reading() == theirs.transport.is_reading()
-            assert ours.events == theirs.recorder.events[:1] and ours.events[:1] or ours.events[1:] == (
-                theirs.recorder.events[1:]
-            )
+            assert ours.events == theirs.recorder.events
         theirs.read_output()
         assert b"".join(ours.wire.sent) == theirs.output
         assert (b"" in ours.wire.sent) == theirs.output_ended

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import logging
+import os
 import re
 import sys
 from importlib.metadata import version
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 import click
 from click.core import ParameterSource
@@ -52,6 +54,33 @@ def _uvicorn_parameters() -> list[click.Parameter]:
 def _with_uvicorn_parameters(command: click.Command) -> click.Command:
     command.params += _uvicorn_parameters()
     return command
+
+
+class LogHandler(logging.StreamHandler[TextIO]):
+    """A log whose reader may go (``tunnel-asgi ... | head``): the app is then served without one."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not isinstance(sys.exception(), BrokenPipeError):
+            super().handleError(record)
+            return
+        with open(os.devnull, "w") as nowhere:  # noqa: PTH123
+            os.dup2(nowhere.fileno(), self.stream.fileno())
+
+
+def _log_config() -> dict[str, Any]:
+    config = logging_config()
+    for handler in config["handlers"].values():
+        handler["class"] = f"{LogHandler.__module__}.{LogHandler.__qualname__}"
+    return config
+
+
+def _open_missing_streams() -> None:
+    """A process may be started without them. A socket would get their numbers, and libuv aborts on that."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            stream = open(os.devnull, mode)  # noqa: PTH123, SIM115  (as long as the process)
+            os.set_inheritable(stream.fileno(), True)
+            setattr(sys, name, stream)
 
 
 def _fail(message: object, code: int) -> NoReturn:
@@ -145,6 +174,7 @@ def tunnel_asgi(context: click.Context, /, **options: Any) -> None:
 
     The access key comes from SMALLWARE_KEY or --key-file.
     """
+    _open_missing_streams()
     if _is_given(context, "key"):
         click.secho(
             "Warning: --key shows in the process list; set SMALLWARE_KEY or use --key-file instead.",
@@ -153,7 +183,7 @@ def tunnel_asgi(context: click.Context, /, **options: Any) -> None:
         )
     _settle_local(context, options)
     if options["log_config"] is None:
-        options["log_config"] = logging_config()
+        options["log_config"] = _log_config()
     options["headers"] = [_header(text) for text in options["headers"]]
     for name in ("reload_dirs", "reload_includes", "reload_excludes"):
         options[name] = list(options[name]) or None

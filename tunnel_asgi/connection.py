@@ -16,7 +16,7 @@ from typing import Any, Protocol, cast
 
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.client import ClientProtocol
-from websockets.exceptions import InvalidHandshake, InvalidMessage, InvalidProxy, InvalidStatus
+from websockets.exceptions import InvalidHandshake, InvalidMessage, InvalidProxy, InvalidStatus, ProxyError
 from websockets.frames import Frame, Opcode
 from websockets.http11 import Response
 from websockets.protocol import State
@@ -38,7 +38,7 @@ from tunnel_asgi.transport import TunnelTransport
 
 __all__ = ["Owner", "TunnelConnection", "dial"]
 
-logger = logging.getLogger("tunnel_asgi")
+logger: logging.Logger = logging.getLogger("tunnel_asgi")
 
 # websockets logs the whole upgrade request at DEBUG, and the token stands in it. This logger hangs in no
 # hierarchy, so no logging configuration can switch it on.
@@ -61,7 +61,7 @@ class Owner(Protocol):
         """The upgrade succeeded: the WebSocket waits for its first visitor."""
 
     def visitor_connected(self, connection: TunnelConnection, visitor: Connected) -> TunnelTransport:
-        """A visitor came; returns the transport that serves it."""
+        """A visitor came; returns the transport that serves it. The connection must not be closed meanwhile."""
 
     def connection_recycled(self, connection: TunnelConnection) -> None:
         """It waits for another visitor."""
@@ -148,7 +148,7 @@ class TunnelConnection(asyncio.Protocol):
                 break
             if isinstance(event, Frame):
                 self._receive_frame(event)
-            elif isinstance(event, Response):
+            else:
                 self._upgraded()
         self._write_out()
         if self._ready and self._ws.close_expected():
@@ -238,7 +238,8 @@ class TunnelConnection(asyncio.Protocol):
             if self.visitor is not None:
                 self.visitor.feed_eof()
             self._maybe_recycle()
-        elif type(event) is Dropped:
+        else:
+            assert type(event) is Dropped
             logger.debug("[%s] the visitor was dropped: %s", self.connection_id, event.reason)
             if self.visitor is not None:
                 self.visitor.feed_drop(event.reason)
@@ -284,8 +285,6 @@ class TunnelConnection(asyncio.Protocol):
     def release(self) -> None:
         self.visitor = None
         self._discarded = 0
-        if self._ended:
-            return
         if self._owner.accepting and not self._side.ended:
             self._drain_timer = self._loop.call_later(self._config.drain_timeout, self._drain_timed_out)
             return
@@ -372,9 +371,8 @@ class TunnelConnection(asyncio.Protocol):
             self._ping()
 
     def _ping(self) -> None:
-        if self._ws.state is State.OPEN:
-            self._ws.send_ping(b"")
-            self._write_out()
+        self._ws.send_ping(b"")
+        self._write_out()
         self._pinged_at = self._loop.time()
         self._keepalive_timer = self._loop.call_later(self._config.ping_timeout, self._check_answer)
 
@@ -513,6 +511,10 @@ def _reason(error: BaseException) -> str:
         return f"its certificate is not trusted: {error.verify_message} (--trust-ca adds a CA of your own)"
     if isinstance(error, TimeoutError):
         return "it did not answer in time"
+    if isinstance(error, ProxyError) and error.__cause__ is not None:
+        return f"{error}: {error.__cause__}"
+    if isinstance(error, ImportError):
+        return "a SOCKS proxy is set, which needs another package: pip install 'tunnel-asgi[socks]'"
     if isinstance(error, InvalidMessage) and isinstance(error.__cause__, EOFError):
         return "it closed the connection during the upgrade"
     if isinstance(error, OSError) and error.strerror:

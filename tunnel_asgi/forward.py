@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import socket
+import struct
 from dataclasses import dataclass
+from typing import NoReturn
 
 from tunnel_asgi.errors import IoError
+from tunnel_asgi.listener import STREAM_LIMIT, TunnelStreamReader
 
 __all__ = ["ForwardStats", "forward_tunnel", "forward_tunnel_tcp"]
 
 CHUNK = 64 * 1024  # bytes read at once
+CONNECT_TIMEOUT = 10.0  # seconds for the local service to take a connection
 HALF_OPEN_TIMEOUT = 60.0  # seconds without a byte after which the second direction ends, once the first has [S]
 
 
@@ -32,21 +38,30 @@ async def forward_tunnel_tcp(
     *,
     half_open_timeout: float = HALF_OPEN_TIMEOUT,
 ) -> ForwardStats:
-    """Connect to ``host:port`` and forward the visitor to it; otherwise as ``forward_tunnel``.
+    """Connect to ``host:port`` within 10 seconds and forward the visitor to it; otherwise as ``forward_tunnel``.
 
     Raises:
         IoError: the target cannot be reached, or failed. The visitor's connection has been closed.
         ConnectionResetError: the visitor's connection failed.
     """
     try:
-        local = await asyncio.open_connection(host, port)
-    except OSError as error:
-        writer.close()
-        raise IoError(f"{host}:{port}", error.strerror or str(error)) from error
+        local = await _connect(host, port)
     except BaseException:
         writer.close()
         raise
     return await forward_tunnel(reader, writer, *local, half_open_timeout=half_open_timeout)
+
+
+async def _connect(host: str, port: int) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    loop = asyncio.get_running_loop()
+    reader = TunnelStreamReader(STREAM_LIMIT, loop)  # asyncio's own would lose what came before a reset
+    protocol = asyncio.StreamReaderProtocol(reader, loop=loop)
+    try:
+        async with asyncio.timeout(CONNECT_TIMEOUT):
+            transport, _ = await loop.create_connection(lambda: protocol, host, port)
+    except (OSError, ValueError) as error:  # ValueError: no host of that name can exist
+        raise IoError(address(host, port), _reason(error)) from error
+    return reader, asyncio.StreamWriter(transport, protocol, reader, loop)
 
 
 async def forward_tunnel(
@@ -60,8 +75,9 @@ async def forward_tunnel(
     """Copy bytes both ways until both directions have ended; both connections are closed then.
 
     Each direction ends on its own: EOF from one side reaches the other as EOF while answers still flow. Once one
-    direction has ended, ``half_open_timeout`` seconds without a byte end the other one too. A connection that
-    fails takes the other one with it. Never holds more than a few hundred KiB, whatever the body size.
+    direction has ended, ``half_open_timeout`` seconds without progress end the other one too. If the visitor fails,
+    or this call is cancelled, the local side is reset at once; if the local side fails, the visitor still gets what
+    came from it. Never holds more than a few hundred KiB, whatever the body size.
 
     Raises:
         IoError: the local side failed.
@@ -69,89 +85,159 @@ async def forward_tunnel(
     """
     visitor = _End(reader, writer)
     local = _End(local_reader, local_writer)
-    finished = False
     try:
-        async with asyncio.TaskGroup() as group:
-            down = group.create_task(_copy(visitor, local))
-            up = group.create_task(_copy(local, visitor))
-            await asyncio.wait({down, up}, return_when=asyncio.FIRST_COMPLETED)
-            await _until_silent(up, local, half_open_timeout)
-            await _until_silent(down, visitor, half_open_timeout)
-        finished = True
-    except* _EndFailed as failures:
-        raise _translate(failures, local) from failures
+        failed = await _copy_both(visitor, local, half_open_timeout)
+        if failed is not visitor:
+            await _close_both(visitor, local, half_open_timeout)
     finally:
-        for end in (local, visitor):
-            await end.close(flush=finished)
-    return ForwardStats(bytes_downloaded=visitor.received, bytes_uploaded=local.received)
+        local.abort()
+        visitor.abort()
+        await asyncio.wait({local.closed, visitor.closed})
+    if failed is not None:
+        _report(failed, local)
+    return ForwardStats(bytes_downloaded=local.taken, bytes_uploaded=visitor.taken)
 
 
-class _EndFailed(Exception):
-    """One end of the forwarded connection failed; which, and how."""
+async def _copy_both(visitor: _End, local: _End, half_open_timeout: float) -> _End | None:
+    """Copy until both directions have ended; returns the end that failed, if one did."""
+    async with asyncio.TaskGroup() as group:
+        down = group.create_task(_copy(visitor, local))
+        up = group.create_task(_copy(local, visitor))
+        running = {down, up}
+        timeout = None
+        while running and not visitor.closed.done() and not (up.done() and local.failure):
+            before = visitor.progress, local.progress
+            done, _ = await asyncio.wait(
+                {*running, visitor.closed}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED
+            )
+            if not done and (visitor.progress, local.progress) == before:
+                break
+            running -= done
+            timeout = half_open_timeout
+        for task in running:
+            task.cancel()
+    if visitor.closed.done():
+        return visitor
+    return local if local.failure else None
 
-    def __init__(self, end: _End, error: OSError) -> None:
-        super().__init__(end, error)
-        self.end = end
-        self.error = error
+
+async def _copy(source: _End, sink: _End) -> None:
+    """Until the source ends or one of both fails; the failure is kept there."""
+    while data := await source.read():
+        if not await sink.write(data):
+            return
+    if source.failure is None:
+        sink.write_eof()
+
+
+async def _close_both(visitor: _End, local: _End, timeout: float) -> None:
+    """Close in good order: what is written still goes out, as long as it makes progress."""
+    for end in (visitor, local):
+        end.close()
+    for end in (visitor, local):
+        await end.wait_flushed(timeout)
+
+
+def _report(failed: _End, local: _End) -> NoReturn:
+    reason = _reason(failed.failure) if failed.failure else "the connection was closed"
+    if failed is local:
+        raise IoError(local.name, reason) from failed.failure
+    raise ConnectionResetError(reason) from failed.failure
 
 
 class _End:
-    """A connection as both a source and a sink, that tells who failed."""
+    """One of the two connections, as both a source and a sink. Its first failure is kept, not raised."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self.received = 0
+        self.failure: OSError | None = None
+        self.taken = 0
+        """Bytes written to it."""
         self._reader = reader
         self._writer = writer
+        # Never cancelled: that would cancel the future behind every wait_closed() of this writer.
+        self.closed = asyncio.get_running_loop().create_task(self._wait_closed())
+        """Done when the connection is gone."""
+
+    @property
+    def name(self) -> str:
+        peer = self._writer.get_extra_info("peername")
+        return address(*peer[:2]) if isinstance(peer, tuple) else str(peer or "the local service")
+
+    @property
+    def progress(self) -> tuple[int, int]:
+        """Changes when the other side takes bytes."""
+        return self.taken, self._writer.transport.get_write_buffer_size()
 
     async def read(self) -> bytes:
+        """The next bytes; none at the end or if the connection failed."""
         try:
-            data = await self._reader.read(CHUNK)
+            return await self._reader.read(CHUNK)
         except OSError as error:
-            raise _EndFailed(self, error) from error
-        self.received += len(data)
-        return data
+            self._fail(error)
+            return b""
 
-    async def write(self, data: bytes) -> None:
+    async def write(self, data: bytes) -> bool:
+        """Write bytes and wait until few enough are left; whether that worked."""
+        if self._writer.is_closing():  # lost already, and uvloop would raise; whoever reads it will tell
+            return False
         try:
             self._writer.write(data)
             await self._writer.drain()
         except OSError as error:
-            raise _EndFailed(self, error) from error
+            self._fail(error)
+            return False
+        self.taken += len(data)
+        return True
 
     def write_eof(self) -> None:
-        with contextlib.suppress(OSError):  # gone already: whoever reads it will tell
-            self._writer.write_eof()
+        """End the direction; with TLS, which has no half-close, ``close`` will."""
+        if self._writer.can_write_eof() and not self._writer.is_closing():
+            with contextlib.suppress(OSError):  # gone already: whoever reads it will tell
+                self._writer.write_eof()
 
-    async def close(self, *, flush: bool) -> None:
-        if flush:
-            self._writer.close()
-        else:
-            self._writer.transport.abort()
-        with contextlib.suppress(OSError):
-            await self._writer.wait_closed()
+    def close(self) -> None:
+        self._writer.close()
 
-    def __str__(self) -> str:
-        peer = self._writer.get_extra_info("peername")
-        return f"{peer[0]}:{peer[1]}" if isinstance(peer, tuple) else str(peer or "the local service")
+    async def wait_flushed(self, timeout: float) -> None:
+        """After ``close``: until it is done, or has made no progress for this many seconds."""
+        progress = None
+        while not self.closed.done() and progress != self.progress:
+            progress = self.progress
+            await asyncio.wait({self.closed}, timeout=timeout)
 
-
-async def _copy(source: _End, sink: _End) -> None:
-    while data := await source.read():
-        await sink.write(data)
-    sink.write_eof()
-
-
-async def _until_silent(copying: asyncio.Task[None], source: _End, timeout: float) -> None:
-    while not copying.done():
-        before = source.received
-        await asyncio.wait({copying}, timeout=timeout)
-        if source.received == before:
-            copying.cancel()
+    def abort(self) -> None:
+        """Drop the connection at once, with a TCP reset: a FIN would look like the good end of what was sent."""
+        if self.closed.done():
             return
+        sock = self._writer.get_extra_info("socket")
+        if sock is not None:
+            with contextlib.suppress(OSError):  # the peer may have been quicker
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_ZERO)
+        self._writer.transport.abort()
+
+    async def _wait_closed(self) -> None:
+        try:
+            await self._writer.wait_closed()
+        except OSError as error:
+            self._fail(error)
+        except NotImplementedError:
+            pass  # a pipe's protocol may be unable to tell
+
+    def _fail(self, error: OSError) -> None:
+        self.failure = self.failure or error
 
 
-def _translate(failures: ExceptionGroup[_EndFailed], local: _End) -> Exception:
-    failure = failures.exceptions[0]
-    assert isinstance(failure, _EndFailed)  # one TaskGroup, no groups within it
-    reason = failure.error.strerror or str(failure.error)
-    return IoError(str(local), reason) if failure.end is local else ConnectionResetError(reason)
+_LINGER_ZERO = struct.pack("ii", 1, 0)
+
+
+def address(host: str, port: int) -> str:
+    """How a target is named to the user."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, OSError) and error.errno is not None and not isinstance(error, socket.gaierror):
+        return os.strerror(error.errno)  # asyncio's own text is "Connect call failed ('127.0.0.1', 80)"
+    if isinstance(error, TimeoutError):
+        return "it did not answer in time"
+    return str(getattr(error, "strerror", None) or error) or type(error).__name__

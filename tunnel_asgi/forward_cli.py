@@ -13,30 +13,24 @@ import click
 from click.core import ParameterSource
 
 from tunnel_asgi.config import DEFAULT_SERVER_URL, TunnelConfig, read_key_file
-from tunnel_asgi.errors import IoError, TunnelError
-from tunnel_asgi.forward import forward_tunnel_tcp
+from tunnel_asgi.errors import ConfigError, IoError, TunnelError
+from tunnel_asgi.forward import address, forward_tunnel_tcp
 from tunnel_asgi.listener import start_tunnel_server
 from tunnel_asgi.pool import TunnelPool
 
 __all__ = ["smallware_tunnel"]
 
-logger = logging.getLogger("tunnel_asgi")
+logger: logging.Logger = logging.getLogger("tunnel_asgi")
 
 GRACE = 10.0  # seconds for visitors in flight after the first signal
+HTTP_SERVICE = "www"  # the service that visitors open with https:// (PROTOCOL.md 2)
 
 Target = tuple[str, int]
 
 
-def _parse_target(context: click.Context, parameter: click.Parameter, value: str) -> Target:
-    host, _, port = value.rpartition(":")
-    if not port.isdecimal() or not 0 < int(port) < 65536:
-        raise click.BadParameter(f"{value!r} is not a target: expected a port such as 8080, or HOST:PORT")
-    return host.strip("[]") or "127.0.0.1", int(port)
-
-
 @click.command()
 @click.argument("domain")
-@click.argument("target", metavar="PORT", callback=_parse_target)
+@click.argument("target", metavar="PORT")
 @click.option("--key", "-k", envvar="SMALLWARE_KEY", metavar="KEY", help="Access key. Better: SMALLWARE_KEY.")
 @click.option("--key-file", type=click.Path(dir_okay=False), help="File that holds the access key.")
 @click.option("--key-id", envvar="SMALLWARE_KEY_ID", metavar="ID", help="Makes the whole key the secret of this id.")
@@ -65,7 +59,7 @@ def smallware_tunnel(context: click.Context, /, **options: Any) -> None:
     if context.get_parameter_source("key") is ParameterSource.COMMANDLINE:
         logger.warning("--key shows in the process list; set SMALLWARE_KEY or use --key-file instead")
     try:
-        asyncio.run(_serve(_config(options), options["target"]))
+        asyncio.run(_serve(_config(options), _parse_target(options["target"])))
     except TunnelError as error:
         click.secho(f"Error: {error}", err=True, fg="red")
         sys.exit(1)
@@ -83,29 +77,44 @@ def _config(options: dict[str, Any]) -> TunnelConfig:
     )
 
 
+def _parse_target(text: str) -> Target:
+    host, _, port = text.rpartition(":")
+    if not port.isdecimal() or not 0 < int(port) < 65536:
+        raise ConfigError(f"{text!r} is not a target: expected a port such as 8080, or HOST:PORT")
+    return host.strip("[]") or "127.0.0.1", int(port)
+
+
 async def _serve(config: TunnelConfig, target: Target) -> None:
     """Forward until a signal comes or the tunnel fails for good."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop.set)
+    visits: set[asyncio.Task[None]] = set()
 
-    async def visit(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await _forward(reader, writer, target)
+    def visit(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = loop.create_task(_forward(reader, writer, target))
+        visits.add(task)
+        task.add_done_callback(visits.discard)
 
     opening = asyncio.ensure_future(start_tunnel_server(visit, config))
     if not await _first(opening, stop):
         return
     pool = opening.result()
-    host, port = target
-    logger.info("Forwarding https://%s to %s:%d (Press CTRL+C to quit)", config.tunnel_domain, host, port)
+    _announce(config, target)
     over = asyncio.ensure_future(pool.wait_over())
     try:
         if await _first(over, stop):
             over.result()
     finally:
         stop.clear()
-        await _drain(pool, stop)
+        await _drain(pool, visits, stop)
+
+
+def _announce(config: TunnelConfig, target: Target) -> None:
+    domain = config.tunnel_domain
+    scheme = "https://" if domain.service == HTTP_SERVICE else ""
+    logger.info("Forwarding %s%s to %s (Press CTRL+C to quit)", scheme, domain, address(*target))
 
 
 async def _first(work: asyncio.Future[Any], stop: asyncio.Event) -> bool:
@@ -121,20 +130,30 @@ async def _first(work: asyncio.Future[Any], stop: asyncio.Event) -> bool:
                 await asyncio.wait({future})
 
 
-async def _drain(pool: TunnelPool, stop: asyncio.Event) -> None:
+async def _drain(pool: TunnelPool, visits: set[asyncio.Task[None]], stop: asyncio.Event) -> None:
     """Let visitors finish, for ten seconds or until a second signal."""
     pool.close()
-    if pool.busy:
-        logger.info("Waiting for %d connections to end. (CTRL+C to force quit)", pool.busy)
+    if visits:
+        logger.info("Waiting for %d connections to end. (Press CTRL+C again to force quit)", len(visits))
     try:
         async with asyncio.timeout(GRACE):
-            await _first(asyncio.ensure_future(pool.wait_closed()), stop)
+            await _first(asyncio.ensure_future(_until_idle(pool, visits)), stop)
     except TimeoutError:
-        logger.warning("Closing %d connections that did not end in time", pool.busy)
+        logger.warning("Closing %d connections that did not end in time", len(visits))
+    for task in visits:
+        task.cancel()
+    await asyncio.gather(*visits, return_exceptions=True)
     await pool.aclose()
 
 
+async def _until_idle(pool: TunnelPool, visits: set[asyncio.Task[None]]) -> None:
+    if visits:
+        await asyncio.wait(visits)
+    await pool.wait_closed()
+
+
 async def _forward(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, target: Target) -> None:
+    """Serve one visitor. Whatever happens to it, the others go on."""
     connection_id = writer.get_extra_info("connection_id")
     try:
         stats = await forward_tunnel_tcp(reader, writer, *target)
@@ -142,6 +161,8 @@ async def _forward(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, t
         logger.warning("[%s] %s", connection_id, error)
     except ConnectionResetError as error:
         logger.info("[%s] the visitor's connection failed: %s", connection_id, error)
+    except Exception:
+        logger.exception("[%s] forwarding failed", connection_id)
     else:
         logger.info(
             "[%s] ended: %d bytes downloaded, %d uploaded", connection_id, stats.bytes_downloaded, stats.bytes_uploaded

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
+from abc import abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -23,7 +24,7 @@ from uvicorn.server import ServerState
 
 __all__ = ["GuardedH11Protocol", "Timeouts", "guarded", "guarded_websocket"]
 
-logger = logging.getLogger("uvicorn.error")
+logger: logging.Logger = logging.getLogger("uvicorn.error")
 
 HEAD_LIMIT = 64 * 1024  # bytes of request line and headers; nginx allows 32 KiB, node 16 KiB
 LENGTH_DIGITS = 18  # of a Content-Length: what any parser's 64 bits hold
@@ -125,7 +126,7 @@ class _Guard(_OrderlyShutdown):
     cycle: Any
     flow: Any
     loop: asyncio.AbstractEventLoop
-    head_too_large = False
+    head_too_large: bool = False
 
     _deaf = False
     _awaiting: str | None = None
@@ -146,6 +147,7 @@ class _Guard(_OrderlyShutdown):
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop()
         super().connection_lost(exc)
+        self._unset_keepalive_if_required()  # type: ignore[attr-defined]  # uvicorn forgets to if the visitor was reset
 
     def on_response_complete(self) -> None:
         super().on_response_complete()  # type: ignore[misc]
@@ -196,12 +198,13 @@ class _Guard(_OrderlyShutdown):
         """Whether what is refused is pipelined behind a request that is not answered yet."""
         return False
 
+    @abstractmethod
     def _refuse_later(self, status: int, message: str) -> None:
-        raise NotImplementedError
+        """Refuse it once those before it are answered; take nothing more."""
 
+    @abstractmethod
     def _input_needed(self) -> str | None:
         """What the parser waits for: "head", "body", or None between requests and after the last."""
-        raise NotImplementedError
 
     def _await(self, what: str | None, *, fresh: bool = False) -> None:
         if self._stopped or (what == self._awaiting and not fresh):
@@ -250,7 +253,7 @@ class _Guard(_OrderlyShutdown):
 class _StrictConnection(h11.Connection):
     """h11, without what it tolerates for old clients: bare CR or LF, folded lines, doubled framing, loose chunks."""
 
-    head_too_large = False
+    head_too_large: bool = False
 
     def __init__(self, head_limit: int) -> None:
         super().__init__(h11.SERVER, head_limit)
@@ -327,7 +330,7 @@ class GuardedH11Protocol(_Guard, H11Protocol):
         super().data_received(data)
 
     def send_400_response(self, msg: str) -> None:
-        self.head_too_large = self.conn.head_too_large
+        self.head_too_large: bool = self.conn.head_too_large
         super().send_400_response(msg)
 
     def _input_needed(self) -> str | None:
@@ -346,13 +349,18 @@ def _guarded_httptools() -> type[asyncio.Protocol]:
 
         _in_head = False
         _in_body = False
+        _head_limit = HEAD_LIMIT
         _head_size = 0
         _unparsed = 0  # bytes since the last sign of progress: llhttp holds a half-read header without a bound
+
+        def connection_made(self, transport: asyncio.BaseTransport) -> None:
+            self._head_limit = _head_limit(self.config)
+            super().connection_made(transport)
 
         def data_received(self, data: bytes) -> None:
             self._unparsed += len(data)
             super().data_received(data)
-            if self._unparsed > _head_limit(self.config) and not self.transport.is_closing():
+            if self._unparsed > self._head_limit and not self.transport.is_closing():
                 self.refuse(431, "Invalid HTTP request received.")
 
         def on_message_begin(self) -> None:
@@ -395,7 +403,7 @@ def _guarded_httptools() -> type[asyncio.Protocol]:
 
         def _grow_head(self, size: int) -> None:
             self._head_size += size
-            if self._head_size > _head_limit(self.config):
+            if self._head_size > self._head_limit:
                 self.head_too_large = True
                 raise BadRequest("the request head is too large")
 

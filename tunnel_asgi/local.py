@@ -47,7 +47,7 @@ class LocalRelay:
     def __enter__(self) -> LocalRelay:
         self._thread.start()
         try:
-            self.relay = self._started.result()
+            self.relay: Relay = self._started.result()
         except Exception:
             self._thread.join()
             raise

@@ -22,7 +22,7 @@ from tunnel_asgi.transport import TunnelTransport
 
 __all__ = ["MAX_STANDBY", "STANDBY", "Standby", "TunnelPool", "adaptive_standby", "backoff"]
 
-logger = logging.getLogger("tunnel_asgi")
+logger: logging.Logger = logging.getLogger("tunnel_asgi")
 
 Standby = Callable[[int], int]
 """How many WebSockets shall wait, given how many visitors are connected."""
@@ -164,8 +164,8 @@ class TunnelPool(asyncio.AbstractServer):
             connection.abort()
 
     async def wait_closed(self) -> None:
-        """Wait until the pool is closed and the last visitor connection has ended."""
-        await self._wait_until(lambda: self._closed and not self._busy)
+        """Wait until the pool is closed, the last visitor connection has ended, and no socket or task is left."""
+        await self._wait_until(lambda: self._closed and not (self._busy or self._ending or self._dials))
 
     # What asyncio's servers lack.
 

@@ -115,8 +115,8 @@ class _Side:
     """What both roles share: two directions and the moves between their states."""
 
     def __init__(self) -> None:
-        self.incoming = Direction.IDLE
-        self.outgoing = Direction.IDLE
+        self.incoming: Direction = Direction.IDLE
+        self.outgoing: Direction = Direction.IDLE
 
     @property
     def waiting(self) -> bool:

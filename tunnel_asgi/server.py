@@ -18,6 +18,7 @@ import uvicorn
 import uvicorn.config
 import uvicorn.server
 from uvicorn.importer import ImportFromStringError, import_from_string
+from uvicorn.lifespan.off import LifespanOff
 from uvicorn.lifespan.on import LifespanOn
 from uvicorn.middleware.asgi2 import ASGI2Middleware
 from uvicorn.middleware.message_logger import MessageLoggerMiddleware
@@ -31,7 +32,7 @@ from tunnel_asgi.pool import STANDBY, TunnelPool, adaptive_standby
 
 __all__ = ["Config", "Server", "serve"]
 
-logger = logging.getLogger("uvicorn.error")
+logger: logging.Logger = logging.getLogger("uvicorn.error")
 
 GRACEFUL_SHUTDOWN = 10  # seconds; uvicorn's default is for ever, so one SSE visitor would block Ctrl+C
 LAST_WORDS = 1.0  # seconds for what cancelled tasks still do and answer
@@ -118,7 +119,7 @@ class Config(uvicorn.Config):
         self.local = local
         self.tls = tls
         self.standby = standby
-        self.timeouts = Timeouts(timeout_first_byte, timeout_request_head, timeout_request_body)
+        self.timeouts: Timeouts = Timeouts(timeout_first_byte, timeout_request_head, timeout_request_body)
         self.public_url = PublicURL.parse(public_url) if public_url else None
         self.tunnel: TunnelConfig | None = None
         if local:
@@ -169,8 +170,12 @@ class Config(uvicorn.Config):
             ConfigError: there is none of that name, or it is not installed.
         """
         try:
+            if self.loop not in uvicorn.config.LOOP_FACTORIES:
+                import_from_string(self.loop)  # uvicorn would log and exit
             return super().get_loop_factory()
-        except (ImportError, SystemExit) as error:
+        except ImportFromStringError as error:
+            raise ConfigError(f"there is no event loop {self.loop!r}: {error}") from error
+        except ImportError as error:
             raise ConfigError(f"the event loop {self.loop!r} is not installed (uvloop is in [fast])") from error
 
     def load_app(self) -> Any:
@@ -204,10 +209,12 @@ class Config(uvicorn.Config):
         except SystemExit as error:
             raise self._factory_failure(error) from error
         self._check_interface(_unwrapped(self.loaded_app), guessed=asked_for == "auto")
+        if not hasattr(self.http_protocol_class, "timeouts"):
+            logger.warning("%r has none of our checks and deadlines for visitors", self.http_protocol_class)
         if self.lifespan_class is LifespanOn:
             self.lifespan_class = Lifespan
         if self.ws in ("auto", "websockets-sansio", "wsproto") and self.ws_protocol_class is not None:
-            self.ws_protocol_class = guarded_websocket(self.ws_protocol_class)
+            self.ws_protocol_class: type[asyncio.Protocol] | None = guarded_websocket(self.ws_protocol_class)
 
     def _factory_failure(self, error: SystemExit) -> BaseException:
         cause = error.__context__
@@ -229,7 +236,9 @@ class Config(uvicorn.Config):
         if self.http not in ("auto", "h11", "httptools"):
             return  # a parser of the user's own, or one whose rules we do not know
         try:
-            self.http = guarded("h11" if self.http == "h11" else "httptools", self.timeouts)
+            self.http: type[asyncio.Protocol] | str = guarded(
+                "h11" if self.http == "h11" else "httptools", self.timeouts
+            )
         except ImportError as error:
             if self.http == "httptools":
                 raise ConfigError("httptools is not installed: pip install 'tunnel-asgi[fast]'") from error
@@ -246,10 +255,15 @@ def _app_name(app: Any) -> str:
 
 def _unwrapped(app: Any) -> Any:
     """The app without what uvicorn put around it."""
-    wrappers = (ProxyHeadersMiddleware, MessageLoggerMiddleware, ASGI2Middleware, uvicorn.config.WSGIMiddleware)
+    wrappers = (ProxyHeadersMiddleware, MessageLoggerMiddleware, ASGI2Middleware, _wsgi_middleware())
     while type(app) in wrappers:
         app = app.app
     return app
+
+
+def _wsgi_middleware() -> type:
+    middleware: type = vars(uvicorn.config)["WSGIMiddleware"]  # a2wsgi's, or uvicorn's own
+    return middleware
 
 
 def _is_wsgi(app: Any) -> bool:
@@ -350,7 +364,7 @@ class Server(uvicorn.Server):
                 await self._serve()
 
     async def _serve(self, sockets: list[socket.socket] | None = None) -> None:
-        self.lifespan = self.config.lifespan_class(self.config)
+        self.lifespan: LifespanOn | LifespanOff = self.config.lifespan_class(self.config)
         self._exit_event = asyncio.Event()
         self._loop = asyncio.get_running_loop()
         if self.should_exit:  # a signal came while the app was imported
@@ -438,7 +452,7 @@ class Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Stop waiting, finish what is in flight, end the lifespan, close the tunnel."""
         if self.pool is None:
-            self.servers = []
+            self.servers: list[asyncio.Server] = []
         try:
             await super().shutdown()
         finally:

@@ -17,14 +17,12 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator
 from multiprocessing.connection import wait
 from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
 
-from uvicorn.config import HTTP_PROTOCOLS, LOOP_FACTORIES, WS_PROTOCOLS
-from uvicorn.importer import ImportFromStringError, import_from_string
 from uvicorn.supervisors import ChangeReload
 from uvicorn.supervisors.statreload import StatReload
 
@@ -34,7 +32,7 @@ from tunnel_asgi.worker import KILL_MARGIN, READY, SIGHUP, Failed, Worker
 
 __all__ = ["Supervisor", "WorkersFailed", "run"]
 
-logger = logging.getLogger("uvicorn.error")
+logger: logging.Logger = logging.getLogger("uvicorn.error")
 
 RESPAWN_DELAY = 1.0  # seconds between two starts of one worker, doubled by each that fails: a loop must not burn a core
 MAX_RESPAWN_DELAY = 60.0  # seconds
@@ -61,6 +59,7 @@ def run(app: Any, *, app_dir: str | None = None, **options: Any) -> None:
     config = _make_config(app, options)
     if config.use_subprocess and not isinstance(app, str):
         raise ConfigError("to use reload or workers, pass the app as an import string such as 'main:app'")
+    config.get_loop_factory()  # a loop that is not installed must show before anything else
     with contextlib.suppress(KeyboardInterrupt):
         if config.use_subprocess:
             with config.embedded_relay():
@@ -72,25 +71,11 @@ def run(app: Any, *, app_dir: str | None = None, **options: Any) -> None:
 
 def _make_config(app: Any, options: dict[str, Any]) -> Config:
     try:
-        config = Config(app, **options)
+        return Config(app, **options)
     except ModuleNotFoundError as error:
         if error.name != "dotenv":
             raise
         raise ConfigError("--env-file needs python-dotenv, which is not installed") from error
-    for option, known in (("loop", LOOP_FACTORIES), ("http", HTTP_PROTOCOLS), ("ws", WS_PROTOCOLS)):
-        _check_implementation(option, getattr(config, option), known)
-    return config
-
-
-def _check_implementation(option: str, name: Any, known: Mapping[str, str | None]) -> None:
-    """uvicorn would notice a wrong one with a traceback, and in each worker."""
-    try:
-        import_from_string(known.get(name, name) if isinstance(name, str) else name)
-    except ImportFromStringError as error:
-        names = ", ".join(known)
-        raise ConfigError(f"cannot use --{option} {name}: it is none of {names}, and no <module>:<name>") from error
-    except ModuleNotFoundError as error:
-        raise ConfigError(f"--{option} {name} needs {error.name}, which is not installed") from error
 
 
 class Supervisor:
@@ -191,12 +176,15 @@ class Supervisor:
     def _did_not_start(self, worker: Worker) -> None:
         reload = self._config.should_reload
         mendable = reload and (worker.failure is None or worker.failure.mendable)
-        if not self._serving and not mendable:
+        if not self._serving and not mendable and not worker.was_killed:
             self._failure = WorkersFailed(worker.failure.reason) if worker.failure else WorkersFailed()
             return
-        rest = "the running code goes on serving" if self._serving else "waiting for a change"
-        logger.error("Worker [%s] %s; %s", worker.process.pid, worker.epitaph("did not start"), rest)
-        if not reload:
+        if self._serving:
+            next_step = "the running code goes on serving"
+        else:
+            next_step = "trying again" if worker.was_killed else "waiting for a change"
+        logger.error("Worker [%s] %s; %s", worker.process.pid, worker.epitaph("did not start"), next_step)
+        if not reload or worker.was_killed:
             self._plan_respawn(worker)
 
     # What is done about it.

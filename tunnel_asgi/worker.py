@@ -21,7 +21,9 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
 from types import FrameType
+from typing import Any
 
 from uvicorn.config import STARTUP_FAILURE
 
@@ -30,7 +32,7 @@ from tunnel_asgi.server import Config, Server
 
 __all__ = ["KILL_MARGIN", "READY", "SIGHUP", "Failed", "Worker"]
 
-logger = logging.getLogger("uvicorn.error")
+logger: logging.Logger = logging.getLogger("uvicorn.error")
 
 SIGHUP: int | None = getattr(signal, "SIGHUP", None)
 
@@ -58,15 +60,16 @@ class Worker:
     """One process, seen from the parent."""
 
     def __init__(self, config: Config) -> None:
+        self.pipe: Connection[Any, Any]
         self.pipe, childs_end = _spawn.Pipe()
-        self.process = _spawn.Process(target=_work, args=(config, childs_end, _stdin_fileno()))
-        self.mute = False
+        self.process: SpawnProcess = _spawn.Process(target=_work, args=(config, childs_end, _stdin_fileno()))
+        self.mute: bool = False
         """Nothing more comes through the pipe."""
         self.failure: Failed | None = None
-        self.hangs = False
-        self.started_at = time.monotonic()
-        self.kill_at = math.inf
-        self.check_at = math.inf
+        self.hangs: bool = False
+        self.started_at: float = time.monotonic()
+        self.kill_at: float = math.inf
+        self.check_at: float = math.inf
         """When to ask whether it is well; once asked, when it must have answered."""
         self._asked = False
         self.process.start()
@@ -82,6 +85,11 @@ class Worker:
                 yield self.pipe.recv()
         except (EOFError, OSError, pickle.UnpicklingError):
             self.mute = True
+
+    @property
+    def was_killed(self) -> bool:
+        """Whether it was ended from outside: that says nothing about the next one."""
+        return (self.process.exitcode or 0) < 0
 
     def epitaph(self, what: str) -> str:
         return f"{what}: {self.failure.reason}" if self.failure else f"{what} (exit code {self.process.exitcode})"
@@ -173,17 +181,21 @@ class _WorkerServer(Server):
         self._tell_parent(PONG)
 
     def _retire(self) -> None:
+        assert self.pool is not None
         self._retired = True
+        self.pool.close()
+        closing = (b"connection", b"close")
+        self.config.encoded_headers.append(closing)
+        self.server_state.default_headers.append(closing)
         self.should_exit = True
 
     async def _hand_over(self) -> None:
-        """Finish with the visitors that are there.
+        """Finish with the visitors that are there, and take no new ones.
 
         A shutdown closes idle ones at once, and that would cross with their next request.
         """
         assert self.pool is not None
-        self.pool.close()
-        self.server_state.default_headers.append((b"connection", b"close"))
+        logger.info("Handing over, %d connections are still open", self.pool.busy)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self.config.timeout_graceful_shutdown) as self._hand_over_timeout:
                 await self.pool.wait_closed()
@@ -212,6 +224,7 @@ def _work(config: Config, pipe: Connection, stdin: int | None) -> None:
     server = _WorkerServer(config, tell_parent)
     threading.Thread(target=_obey_parent, args=(pipe, server), daemon=True).start()
     try:
+        config.load_app()  # before signals are caught, so that a long import can be ended at once
         server.run()
     except TunnelError as error:
         tell_parent(Failed(str(error), mendable=isinstance(error, AppLoadFailed | LifespanFailed)))
@@ -223,6 +236,6 @@ def _obey_parent(pipe: Connection, server: _WorkerServer) -> None:
         while True:
             server.obey(pipe.recv())
     # The parent is gone, however it went: nobody else would end this process.
-    server.should_exit = True
+    os.kill(os.getpid(), signal.SIGTERM)
     time.sleep((server.config.timeout_graceful_shutdown or 0) + KILL_MARGIN)
     os._exit(1)

@@ -21,7 +21,7 @@ class Refused(Exception):
         super().__init__(status, reason)
         self.status = status
         self.reason = reason
-        self.headers = headers or {}
+        self.headers: Mapping[str, str] = headers or {}
 
     @property
     def phrase(self) -> str:

@@ -34,6 +34,7 @@ __all__ = ["Relay"]
 PATH = "/tunnels"
 HTTP_SERVICE = "www"  # the service whose visitors understand an HTTP answer (PROTOCOL.md 2)
 RETRY_AFTER = 5  # seconds, for visitors nobody took
+BACKLOG = 1024  # visitors not accepted yet; past it the system resets some (asyncio's default is 100)
 MAX_MESSAGE_SIZE = 16 * 1024 * 1024  # bytes; "a message may be many megabytes" (PROTOCOL.md 4.9)
 MAX_QUEUE = 4  # frames read ahead of a visitor who is slow
 DIAL_TIMEOUT = 60.0  # seconds for an upgrade; long, so that hang() outlasts the client's own limit
@@ -41,7 +42,7 @@ CLOSE_TIMEOUT = 2.0  # seconds for the closing handshake; nothing is lost with i
 PING_INTERVAL = 20.0  # seconds
 DISCARD_TIMEOUT = 2.0  # seconds a visitor gets to read the relay's own answer
 
-logger = logging.getLogger("tunnel_asgi.relay")
+logger: logging.Logger = logging.getLogger("tunnel_asgi.relay")
 
 # Never registered, never enabled: websockets logs the Authorization header at DEBUG.
 _silent_logger = logging.Logger("tunnel_asgi.relay.websocket", level=logging.CRITICAL + 1)
@@ -72,21 +73,21 @@ class Relay(DialFaults):
         clock: Callable[[], float] = time.time,
     ) -> None:
         super().__init__()
-        self.port = port
+        self.port: int = port
         """The visitors' port, known after the start."""
-        self.url = ""
+        self.url: str = ""
         """What visitors open."""
-        self.server_url = ""
+        self.server_url: str = ""
         """What clients dial: the ``server_url`` of a TunnelConfig."""
         self.tunnels: list[Tunnel] = []
         """Every open WebSocket of a client, oldest first."""
         self.violations: list[str] = []
         """Every breach of the protocol by a client, as it was told."""
-        self.dials = 0
+        self.dials: int = 0
         """Upgrades attempted."""
-        self.refused = 0
+        self.refused: int = 0
         """Upgrades answered with an HTTP status."""
-        self.visitors_served = 0
+        self.visitors_served: int = 0
         """Visitors that a client had and that are gone again, however it ended."""
         self._domain = domain
         self._host = host
@@ -163,7 +164,9 @@ class Relay(DialFaults):
     async def _listen_for_visitors(self) -> None:
         loop = asyncio.get_running_loop()
         with explain_listen_errors(self._host, self.port, "--port"):
-            server = await loop.create_server(lambda: Visitor(self._visitor_connected), self._host, self.port)
+            server = await loop.create_server(
+                lambda: Visitor(self._visitor_connected), self._host, self.port, backlog=BACKLOG
+            )
         self._closing.push_async_callback(self._close_visitors, server)
         self.port = server.sockets[0].getsockname()[1]
         self.url = f"{'https' if self._ssl else 'http'}://{netloc(server.sockets)}"
@@ -282,6 +285,7 @@ class Relay(DialFaults):
         task = asyncio.get_running_loop().create_task(self._serve_visitor(visitor))
         self._visitor_tasks.add(task)
         task.add_done_callback(self._visitor_done)
+        task.add_done_callback(lambda _: visitor.abort())  # cancelled before it began, it has closed nothing
 
     def _visitor_done(self, task: asyncio.Task[None]) -> None:
         self._visitor_tasks.discard(task)

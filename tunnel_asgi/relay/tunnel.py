@@ -30,7 +30,7 @@ RETAIN_LIMIT = 64 * 1024  # bytes kept for another WebSocket until the client's 
 _BREACH_CODES = {CloseCode.PROTOCOL_ERROR, CloseCode.INVALID_DATA, CloseCode.MESSAGE_TOO_BIG}
 _GOOD_CODES = {CloseCode.NORMAL_CLOSURE, CloseCode.GOING_AWAY}
 
-logger = logging.getLogger("tunnel_asgi.relay")
+logger: logging.Logger = logging.getLogger("tunnel_asgi.relay")
 
 
 class Tunnel:

@@ -44,16 +44,16 @@ class Visitor(asyncio.Protocol):
         self._drain_waiter: asyncio.Future[None] | None = None
         self._deadline: asyncio.TimerHandle | None = None
         self.transport: asyncio.Transport
-        self.id = secrets.token_hex(6)
+        self.id: str = secrets.token_hex(6)
         """Names the connection in CONNECT and in logs."""
-        self.ip = ""
-        self.lost = False
+        self.ip: str = ""
+        self.lost: bool = False
         """The connection is gone, and its socket closed."""
         self.answered = False
         """The client ended its direction in good order."""
         self.dropped = False
         """The client was sent DROP."""
-        self.rerouted = False
+        self.rerouted: bool = False
         """Another WebSocket is to have this visitor."""
 
     # What asyncio tells us
@@ -196,7 +196,7 @@ class Visitor(asyncio.Protocol):
 
     def write(self, data: bytes | bytearray) -> None:
         """Send bytes; dropped silently if the connection is gone."""
-        if not self._over:
+        if not self._over and not self.transport.is_closing():  # it may have failed, and we be told only next
             self.transport.write(data)
 
     async def drain(self) -> None:

@@ -1,0 +1,75 @@
+"""The examples of the documentation are run.
+
+All ```python blocks of a page share one namespace and run in order, as if they were pasted into one program. While one
+runs, visitor after visitor comes: each says ``REQUEST``, waits for an answer, and ends. The environment names a
+relay, and 8080 stands for the port of a web server.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.support import DOMAIN, KEY_ID, KEYS, SECRET, run_async, visiting
+from tunnel_asgi.relay import Relay
+
+PAGE = Path(__file__).parent.parent / "docs" / "library.md"
+REQUEST = b"GET / HTTP/1.0\r\n\r\n"
+
+
+def python_blocks(page: Path) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
+
+
+async def visit_for_ever(relay: Relay, answers: asyncio.Queue[bytes]) -> None:
+    while True:
+        async with visiting(relay) as visitor:
+            try:
+                await visitor.send(REQUEST)
+                if answer := await visitor.reader.read(1000):
+                    visitor.send_eof()
+                    answers.put_nowait(answer + await visitor.read_all())
+            except ConnectionResetError:
+                pass  # the example is over
+            finally:
+                visitor.reset()  # a good end would leave the request at the relay, for the next example
+
+
+async def answer_ok(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    await reader.readuntil(b"\r\n\r\n")
+    writer.write(b"HTTP/1.0 200 OK\r\n\r\nfine\n")
+    writer.close()
+
+
+@run_async
+async def test_the_examples_of_the_library_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    namespace: dict[str, object] = {"__name__": "example"}
+    local = await asyncio.start_server(answer_ok, "127.0.0.1", 0)
+    port = local.sockets[0].getsockname()[1]
+    async with local, Relay(keys=KEYS, domain=DOMAIN) as relay:
+        monkeypatch.setenv("SMALLWARE_DOMAIN", str(DOMAIN))
+        monkeypatch.setenv("SMALLWARE_KEY", f"{KEY_ID}.{SECRET}")
+        monkeypatch.setenv("SMALLWARE_SERVER", relay.server_url)
+        for block in python_blocks(PAGE):
+            answers: asyncio.Queue[bytes] = asyncio.Queue()
+            visitors = asyncio.create_task(visit_for_ever(relay, answers))
+            code = compile(block.replace("8080", str(port)), str(PAGE), "exec")
+            await asyncio.to_thread(exec, code, namespace)
+            if "asyncio.run" in block and "AuthenticationFailed" not in block:
+                await answers.get()
+            visitors.cancel()
+            await asyncio.wait([visitors])
+            await relay.wait_until(lambda relay: not relay.held)
+        assert relay.violations == []
+
+
+def test_every_example_of_the_table_is_on_the_page() -> None:
+    text = PAGE.read_text()
+    headings = re.findall(r"^## (.*)$", text, re.MULTILINE)
+    anchors = {heading.lower().replace(" ", "-") for heading in headings}
+    links = re.findall(r"\]\(#(.*?)\)", text)
+    assert links
+    assert set(links) <= anchors
