@@ -27,16 +27,18 @@ from tests.fakes import (
 )
 from tests.support import DOMAIN, KEYS, Visitor, run_async, visiting
 from tunnel_asgi import pool as pool_module
-from tunnel_asgi.connection import CLOSE_TIMEOUT, TunnelConnection
+from tunnel_asgi.connection import CLOSE_TIMEOUT, TunnelConnection, dial
 from tunnel_asgi.errors import (
     AuthenticationFailed,
     BadRequest,
     ConfigError,
+    ConnectionFailed,
     ListenerClosed,
     NoCredits,
     TunnelError,
 )
 from tunnel_asgi.pool import (
+    FRUITLESS,
     MAX_DELAY,
     MAX_RETRY_AFTER,
     MAX_STANDBY,
@@ -417,19 +419,27 @@ async def test_after_a_good_while_backoff_starts_again_at_one_second() -> None:
 
 
 @run_virtual
-async def test_a_success_dialled_before_the_failure_does_not_open_the_door() -> None:
-    async with relaying() as relay, DialTimes(relay) as dials:
-        relay.refuse(503, times=3)
-        async with pooling(relay, 6) as pool:
-            await until(pool, lambda: pool.waiting == 3)
-            assert relay.dials == 6
-            relay.hang()
-            await relay.wait_until(lambda relay: relay.dials == 7)
-            assert dials.gaps[-1] >= 0.49
-            await asyncio.sleep(3)
-            assert relay.dials == 7
-            relay.accept()
-            await until(pool, lambda: pool.waiting == 6)
+async def test_a_success_dialled_before_the_failure_does_not_open_the_door(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = itertools.count()
+    failed = asyncio.Event()
+
+    async def dial_in_order(*arguments: Any) -> None:
+        if next(calls) < 2:
+            failed.set()
+            raise ConnectionFailed("ws://127.0.0.1", "not yet")
+        await failed.wait()
+        await dial(*arguments)
+
+    monkeypatch.setattr(pool_module, "dial", dial_in_order)
+    async with relaying() as relay, pooling(relay, 5) as pool:
+        await until(pool, lambda: pool.waiting == 3)
+        assert relay.dials == 3
+        relay.hang()
+        await relay.wait_until(lambda relay: relay.dials == 4)
+        await asyncio.sleep(3)
+        assert relay.dials == 4, "both that failed were dialled again at once"
+        relay.accept()
+        await until(pool, lambda: pool.waiting == 5)
 
 
 @pytest.mark.parametrize("status", [429, 503])
@@ -590,11 +600,13 @@ def by_second(times: list[float]) -> dict[int, list[float]]:
 @run_virtual
 async def test_a_few_visitors_lost_with_young_websockets_are_no_reason_to_wait() -> None:
     async with relaying() as relay, pooling(relay, 1) as pool, DialTimes(relay) as dials:
-        for _ in range(10):
+        for n in range(3 * FRUITLESS):
             async with visitors(relay, 1):
                 await relay.wait_for_waiting()
                 next(tunnel for tunnel in relay.tunnels if tunnel.state == "open").cut()
                 await until(pool, lambda: pool.busy == 0)
+            if n % FRUITLESS == 0:
+                assert await visit(relay) == b"QUESTION"
         assert max(dials.gaps) < 0.1
         assert not pool._failing
 

@@ -228,8 +228,8 @@ def test_a_socks_proxy_without_its_package_names_what_to_install(tmp_path: Path)
     command = (sys.executable, "-c", program + "f.smallware_tunnel()")
     env = {"SMALLWARE_KEY": f"{KEY_ID}.{SECRET}", "HTTPS_PROXY": f"socks5h://ann:{PASSWORD}@127.0.0.1:9"}
     with Running(str(DOMAIN), "80", cwd=tmp_path, command=command, env=env) as process:
-        process.expect(r"WARNING: cannot reach .*: a SOCKS proxy .*: pip install 'tunnel-asgi\[socks\]'")
-        assert process.stop() == 0
+        process.expect(r"Error: a SOCKS proxy .*: pip install 'tunnel-asgi\[socks\]'")
+        assert process.wait() == 1
         assert PASSWORD not in process.output
 
 

@@ -862,6 +862,16 @@ async def test_a_visitor_goes_to_another_websocket_if_the_first_closes_well_befo
 
 
 @run_async
+async def test_a_visitor_given_back_that_nobody_else_takes_gets_an_http_answer() -> None:
+    async with serving(hold_timeout=0.05) as (relay, [ws]), visiting(relay) as guest:
+        await guest.send(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        await connected(ws)
+        await received(ws, 5)
+        await ws.close()
+        assert (await guest.read_all()).startswith(b"HTTP/1.1 502 ")
+
+
+@run_async
 async def test_a_visitors_eof_goes_with_it_to_another_websocket() -> None:
     async with serving(clients=2) as (relay, [ws, other_ws]), visiting(relay) as guest:
         await guest.send(b"all")

@@ -85,6 +85,12 @@ async def app(scope, receive, send):
         print("blocking", file=sys.stderr)
         with open("gate") as gate:  # a FIFO: this stands until the test writes
             gate.read()
+    if path == "/stream":
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"first", "more_body": True})
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        return
     if path == "/stdin":
         return await answer(send, sys.stdin.readline().strip())
     await answer(send, f"{VERSION} {os.getpid()}")
@@ -352,19 +358,26 @@ def test_requests_and_websockets_that_run_finish_on_the_old_code(folder: Path) -
         assert app.stop() == 0
 
 
-def test_a_websocket_that_outlasts_the_grace_gets_1012(folder: Path) -> None:
+def test_what_outlasts_the_grace_is_ended_websockets_with_1012_and_without_noise(folder: Path) -> None:
     with serve(folder, "--workers", "2", "--timeout-graceful-shutdown", "1") as app:
         port = port_of(app)
         before = workers_of(port, 2)
-        with connect(f"ws://127.0.0.1:{port}/", proxy=None) as ws:
+        stream = http.client.HTTPConnection("127.0.0.1", port, timeout=DEADLINE)
+        with connect(f"ws://127.0.0.1:{port}/", proxy=None) as ws, contextlib.closing(stream):
+            stream.request("GET", "/stream")
+            answer = stream.getresponse()
+            assert answer.read(5) == b"first"
             app.send(signal.SIGHUP)
             with pytest.raises(ConnectionClosed):
                 ws.recv(DEADLINE)
             assert ws.close_code == 1012
+            with pytest.raises(http.client.IncompleteRead):
+                answer.read()
         for pid in before:
             wait_gone(pid)
         assert app.stop() == 0
-        assert "killing" not in app.output
+        for noise in ("Traceback", "Cancel", "killing"):
+            assert noise not in app.output
 
 
 def test_sigterm_while_a_worker_hands_over_is_an_ordinary_end(folder: Path) -> None:

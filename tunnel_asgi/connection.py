@@ -26,6 +26,7 @@ from tunnel_asgi.config import TunnelConfig
 from tunnel_asgi.errors import (
     AuthenticationFailed,
     BadRequest,
+    ConfigError,
     ConnectionFailed,
     NoCredits,
     ProtocolError,
@@ -417,6 +418,7 @@ async def dial(config: TunnelConfig, jwt: JwtManager, ssl_context: ssl.SSLContex
     Raises:
         ConnectionFailed: the server could not be reached within ``open_timeout``.
         AuthenticationFailed, NoCredits, BadRequest, ServerError: it refused the upgrade.
+        ConfigError: the proxy set in the environment cannot be used.
     """
     try:
         await _dial(config, jwt.get_token(), ssl_context, owner)
@@ -447,9 +449,10 @@ async def _dial(config: TunnelConfig, token: str, ssl_context: ssl.SSLContext | 
     except InvalidStatus as error:
         raise _refusal(error.response, config) from None
     except InvalidProxy:  # it quotes the proxy's URL, and a password may stand in it
-        raise ConnectionFailed(config.server_url, "the proxy in the environment is not a valid URL") from None
-    # ImportError: a SOCKS proxy without python-socks. UnicodeError: no host of that name can exist.
-    except (OSError, InvalidHandshake, ImportError, UnicodeError) as error:
+        raise ConfigError("the proxy in the environment (HTTPS_PROXY, ...) is not a valid URL") from None
+    except ImportError as error:
+        raise ConfigError("a SOCKS proxy needs another package: pip install 'tunnel-asgi[socks]'") from error
+    except (OSError, InvalidHandshake, UnicodeError) as error:  # UnicodeError: no host of that name can exist
         raise ConnectionFailed(config.server_url, _reason(error)) from error
 
 
@@ -513,8 +516,6 @@ def _reason(error: BaseException) -> str:
         return "it did not answer in time"
     if isinstance(error, ProxyError) and error.__cause__ is not None:
         return f"{error}: {error.__cause__}"
-    if isinstance(error, ImportError):
-        return "a SOCKS proxy is set, which needs another package: pip install 'tunnel-asgi[socks]'"
     if isinstance(error, InvalidMessage) and isinstance(error.__cause__, EOFError):
         return "it closed the connection during the upgrade"
     if isinstance(error, OSError) and error.strerror:

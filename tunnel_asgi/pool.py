@@ -77,7 +77,7 @@ class TunnelPool(asyncio.AbstractServer):
         self.failure: TunnelError | None = None
         self._protocol_factory = protocol_factory
         self._standby = standby
-        self._extra = {"domain": config.domain, **(extra or {})}
+        self._extra = {"domain": str(config.tunnel_domain), **(extra or {})}
         self._ssl_context = config.make_ssl_context()
         self._jwt = JwtManager(config.access_key, config.tunnel_domain.customer_id)
         self._loop = asyncio.get_running_loop()

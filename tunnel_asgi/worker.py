@@ -202,6 +202,8 @@ class _WorkerServer(Server):
         self._hand_over_timeout = None
         if self._retired and self.pool.busy:  # the time is up
             self.config.timeout_graceful_shutdown = LAST_WORDS
+            # Once the shutdown has told WebSockets 1012; most apps end by themselves when the visitor is gone.
+            asyncio.get_running_loop().call_soon(self.pool.close_clients)
 
     def _hurry(self) -> None:
         if self._hand_over_timeout is not None:

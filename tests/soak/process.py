@@ -30,7 +30,7 @@ class State:
     busy: int
     connections: int
     requests: int
-    objects: int
+    blocks: int
     memory: int
     calls: dict[str, int]
     errors: list[str]

@@ -13,6 +13,7 @@ import gc
 import json
 import logging
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,7 @@ def _state(server: Server, problems: Problems) -> dict[str, Any]:
         "busy": pool.busy,
         "connections": len(server.server_state.connections),
         "requests": len(server.server_state.tasks),
-        "objects": len(gc.get_objects()),
+        "blocks": sys.getallocatedblocks(),
         "memory": _resident(),
         "calls": dict(calls),
         "errors": problems.errors,

@@ -342,6 +342,7 @@ class Relay(DialFaults):
 
     def _turn_away(self, visitor: Visitor, domain: TunnelDomain) -> None:
         """The visitor was held long enough. What does not speak HTTP gets no answer but the end."""
+        visitor.rerouted = False  # no other WebSocket will have it, so its request may be read here
         if visitor.gone:
             logger.debug("%s: the visitor left while it was held", visitor.id)
         elif domain.service != HTTP_SERVICE:

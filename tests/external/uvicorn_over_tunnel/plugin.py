@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Generator
 
 import pytest
@@ -100,8 +101,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         f"over a relay, {tally.count(tally.memory)} with {sum(tally.memory.values())} visitors in memory, "
         f"{len(tally.none)} with none"
     )
-    for name in tally.none:
-        terminalreporter.line(f"no stream: {name}")
+    for name, count in Counter(name.partition("[")[0] for name in tally.none).items():
+        terminalreporter.line(f"no stream: {name}: {count}")
     for name, reason in DESELECTED.items():
         terminalreporter.line(f"deselected: {name}: {reason}")
     for complaint in tally.too_few:

@@ -41,6 +41,7 @@ def tunnel_config(config: uvicorn.Config) -> tunnel_asgi.Config:
         if name not in _NOT_COPIED
     }
     options["http"] = PARSERS.get(config.http, config.http)
+    options["log_config"] = None  # configured when the config was made; again would take the tests' handlers away
     return tunnel_asgi.Config(config.app, local=True, **options)
 
 
