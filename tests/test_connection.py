@@ -41,6 +41,7 @@ from tunnel_asgi.connection import CLOSE_TIMEOUT, WRITE_LIMIT, TunnelConnection,
 from tunnel_asgi.errors import (
     AuthenticationFailed,
     BadRequest,
+    ConfigError,
     ConnectionFailed,
     NoCredits,
     ProtocolError,
@@ -1056,7 +1057,7 @@ async def test_a_proxy_is_used_for_any_other_server(monkeypatch: pytest.MonkeyPa
 @run_async
 async def test_a_proxy_that_is_none_is_named_without_its_password(proxy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("https_proxy", proxy)
-    with pytest.raises(ConnectionFailed, match="proxy") as raised:
+    with pytest.raises(ConfigError, match="proxy") as raised:
         await dial_once(make_config("wss://tunnel.example/tunnels"))
     assert_no_secret("".join(traceback.format_exception(raised.value)), "proxy-secret")
 
@@ -1068,10 +1069,20 @@ async def test_a_socks_proxy_that_cannot_be_used_is_named(monkeypatch: pytest.Mo
         await dial_once(make_config("wss://tunnel.example/tunnels"))
 
 
+@run_async
+async def test_a_socks_proxy_without_its_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def not_installed(*_: Any, **__: Any) -> None:
+        raise ImportError("connecting through a SOCKS proxy requires python-socks")
+
+    monkeypatch.setattr("websockets.asyncio.client.connect_socks_proxy", not_installed)
+    monkeypatch.setenv("https_proxy", "socks5://127.0.0.1:9")
+    with pytest.raises(ConfigError, match=r"tunnel-asgi\[socks\]"):
+        await dial_once(make_config("wss://tunnel.example/tunnels"))
+
+
 @pytest.mark.parametrize(
     ("error", "reason"),
     [
-        (ImportError("python-socks"), "tunnel-asgi[socks]"),
         (ProxyError("the proxy failed"), "the proxy failed"),
         (OSError(), "OSError"),
         (OSError(113, "No route to host"), "No route to host"),

@@ -143,7 +143,7 @@ async def _drain(pool: TunnelPool, visits: set[asyncio.Task[None]], stop: asynci
     for task in visits:
         task.cancel()
     await asyncio.gather(*visits, return_exceptions=True)
-    await pool.aclose()
+    await pool.aclose(abort=stop.is_set())
 
 
 async def _until_idle(pool: TunnelPool, visits: set[asyncio.Task[None]]) -> None:

@@ -466,7 +466,7 @@ class Server(uvicorn.Server):
                 async with asyncio.timeout(0 if self.force_exit else LAST_WORDS):
                     await pool.wait_closed()
         finally:
-            await pool.aclose()
+            await pool.aclose(abort=self.force_exit)
 
     async def _end_tasks(self) -> None:
         """Cancel what would outlive ``serve()``, and give it a moment."""

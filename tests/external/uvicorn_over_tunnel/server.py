@@ -36,9 +36,7 @@ class TunnelServer(tunnel_asgi.Server):
 def tunnel_config(config: uvicorn.Config) -> tunnel_asgi.Config:
     """The same options, uvicorn's defaults included, for a tunnel to a relay on the config's port."""
     options = {
-        name: getattr(config, name)
-        for name in inspect.signature(uvicorn.Config).parameters
-        if name not in _NOT_COPIED
+        name: getattr(config, name) for name in inspect.signature(uvicorn.Config).parameters if name not in _NOT_COPIED
     }
     options["http"] = PARSERS.get(config.http, config.http)
     options["log_config"] = None  # configured when the config was made; again would take the tests' handlers away
@@ -63,6 +61,6 @@ class TellingRelay(Relay):
 
 def install() -> None:
     """Put the tunnel where the tests look for uvicorn's server."""
-    tunnel_asgi.relay.tunnel.ServerSide = CountingSide  # type: ignore[misc,attr-defined]
-    tunnel_asgi.local.Relay = TellingRelay  # type: ignore[misc,attr-defined]
+    tunnel_asgi.relay.tunnel.ServerSide = CountingSide  # type: ignore[attr-defined]
+    tunnel_asgi.local.Relay = TellingRelay  # type: ignore[attr-defined]
     uvicorn.Server = uvicorn.server.Server = TunnelServer  # type: ignore[misc]
