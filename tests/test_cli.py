@@ -42,15 +42,19 @@ from starlette.routing import Route, WebSocketRoute
 from starlette.websockets import WebSocketDisconnect
 
 
+def say(text):
+    sys.stderr.write(text + "\\n")  # at once, so that two processes do not mix their lines
+
+
 class Lifespan:
     def __init__(self, app):
         pass
 
     async def __aenter__(self):
-        print("lifespan began", file=sys.stderr)
+        say("lifespan began")
 
     async def __aexit__(self, *exc_info):
-        print("lifespan ended", file=sys.stderr)
+        say("lifespan ended")
 
 
 async def hello(request):
@@ -59,7 +63,7 @@ async def hello(request):
 
 async def echo(request):
     """Answers when the visitor has sent it all."""
-    print("echoing", file=sys.stderr)
+    say("echoing")
     return PlainTextResponse(await request.body())
 
 
@@ -70,7 +74,7 @@ async def silent(ws):
 
 
 async def never(request):
-    print("waiting for ever", file=sys.stderr)
+    say("waiting for ever")
     await asyncio.Event().wait()
 
 
@@ -406,7 +410,7 @@ def test_an_exception_inside_the_users_module_shows_its_traceback(
 def test_a_failing_lifespan_ends_it_before_anything_is_dialled(
     workers: list[str], folder: Path, relay: RelayThread
 ) -> None:
-    (folder / "main.py").write_text(APP.replace('print("lifespan began", file=sys.stderr)', "1 / 0"))
+    (folder / "main.py").write_text(APP.replace('say("lifespan began")', "1 / 0"))
     outcome = run(folder, *tunnel_options(relay), "--key-file", "key", *workers)
     assert outcome.returncode == 3
     assert "ZeroDivisionError" in outcome.stderr

@@ -177,7 +177,7 @@ def test_another_server_may_have_any_suffix() -> None:
     [
         ({"domain": ""}, ConfigError, "or --local to try it without an account"),
         ({"domain": "www.example"}, InvalidDomain, "expected <service>-<name>-<customer>.<shard>.smallware.io"),
-        ({"key": ""}, InvalidKey, "set SMALLWARE_KEY or use --key-file (or --local, which needs none)"),
+        ({"key": ""}, InvalidKey, "set SMALLWARE_KEY or use --key-file (in Python: key=...)"),
         ({"key": "  "}, InvalidKey, "set SMALLWARE_KEY or use --key-file"),
         ({"key": ".sesame"}, InvalidKey, "expected SECRET or <keyid>.<secret>"),
         ({"key_id": ""}, InvalidKey, "an empty key id"),

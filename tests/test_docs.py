@@ -7,8 +7,11 @@ relay, and 8080 stands for the port of a web server.
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,7 +19,9 @@ import pytest
 from tests.support import DOMAIN, KEY_ID, KEYS, SECRET, run_async, visiting
 from tunnel_asgi.relay import Relay
 
-PAGE = Path(__file__).parent.parent / "docs" / "library.md"
+ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "docs" / "library.md"
+README = ROOT / "README.md"
 REQUEST = b"GET / HTTP/1.0\r\n\r\n"
 
 
@@ -73,3 +78,31 @@ def test_every_example_of_the_table_is_on_the_page() -> None:
     links = re.findall(r"\]\(#(.*?)\)", text)
     assert links
     assert set(links) <= anchors
+
+
+def test_every_example_of_the_readme_is_valid_python() -> None:
+    for block in python_blocks(README):
+        compile(block, str(README), "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+
+
+def test_the_relay_example_of_the_readme_runs(tmp_path: Path) -> None:
+    (tmp_path / "main.py").write_text(
+        "from starlette.applications import Starlette\n"
+        "from starlette.responses import PlainTextResponse\n"
+        "from starlette.routing import Route\n"
+        "app = Starlette(routes=[Route('/', lambda request: PlainTextResponse('hello'))])\n"
+    )
+    [program] = [block for block in python_blocks(README) if "Relay(" in block]
+    (tmp_path / "example.py").write_text(program)
+    run = subprocess.run([sys.executable, "example.py"], cwd=tmp_path, capture_output=True, text=True, timeout=50)
+    assert run.returncode == 0, run.stderr
+    assert "200 b'hello'" in run.stdout
+
+
+def test_every_link_of_the_readme_leads_somewhere() -> None:
+    for link in re.findall(r"\]\((?!https?://)(.*?)\)", README.read_text()):
+        name, _, anchor = link.partition("#")
+        page = ROOT / name
+        assert page.is_file(), link
+        headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+        assert not anchor or anchor in {heading.lower().replace(" ", "-") for heading in headings}, link

@@ -86,7 +86,7 @@ class TunnelConfig:
             )
         domain = TunnelDomain.parse(self.domain, suffix=suffix)
         if not self.key:
-            raise InvalidKey("no access key: set SMALLWARE_KEY or use --key-file (or --local, which needs none)")
+            raise InvalidKey("no access key: set SMALLWARE_KEY or use --key-file (in Python: key=...)")
         key = AccessKey.parse(self.key, key_id=self.key_id, customer_id=domain.customer_id)
         for name in ("open_timeout", "ping_interval", "ping_timeout", "write_timeout", "drain_timeout"):
             if not getattr(self, name) > 0:

@@ -38,6 +38,8 @@ class TunnelDomain:
             InvalidDomain: the text has another form. The message says which part is wrong.
         """
         folded = text.lower() if text.isascii() else text  # lower() makes a k of the Kelvin sign
+        if "://" in folded:
+            raise InvalidDomain(text, "it is a URL; give the host name only")
         labels = folded.split(".")
         if len(labels) < 3 or (suffix is not None and len(labels) != 2 + len(suffix.split("."))):
             raise InvalidDomain(text, "it has the wrong number of dot-separated labels")
@@ -46,7 +48,7 @@ class TunnelDomain:
 
         parts = labels[0].split("-")
         if len(parts) != 3:
-            raise InvalidDomain(text, "the first label must have three dash-separated parts")
+            raise InvalidDomain(text, "the first label must have three dash-separated parts, so no part may hold a dash")
         if not all(_PART.fullmatch(part) for part in (*parts, labels[1])):
             raise InvalidDomain(text, "each part must be letters a-z and digits, and none may be empty")
 

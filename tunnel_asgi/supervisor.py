@@ -28,7 +28,7 @@ from uvicorn.supervisors.statreload import StatReload
 
 from tunnel_asgi.errors import ConfigError, TunnelError
 from tunnel_asgi.server import Config, Server
-from tunnel_asgi.worker import KILL_MARGIN, READY, SIGHUP, Failed, Worker
+from tunnel_asgi.worker import KILL_MARGIN, READY, SIGHUP, WORN_OUT, Failed, Worker
 
 __all__ = ["Supervisor", "WorkersFailed", "run"]
 
@@ -149,6 +149,10 @@ class Supervisor:
         worker.answered()
         if message == READY and worker in self._starting:
             self._became_ready(worker)
+        elif message == WORN_OUT and worker in self._serving:
+            logger.info("Worker [%s] has served its share of requests, starting another one", worker.process.pid)
+            worker.worn_out = True
+            self._let_go_next(worker)
 
     def _became_ready(self, worker: Worker) -> None:
         self._starting.remove(worker)
@@ -231,15 +235,15 @@ class Supervisor:
         if self._patience:
             for worker in list(self._serving):
                 if worker.check(now, self._patience):
-                    self._hangs(worker)
+                    logger.error("Worker [%s] hangs, starting another one", worker.process.pid)
+                    self._let_go_next(worker)
         if now >= self._respawn_at and not self._stops:
             self._respawn_at = math.inf
-            healthy = [worker for worker in self._serving if not worker.hangs]
-            self._spawn(self._count - len(healthy) - len(self._starting))
+            staying = [worker for worker in self._serving if not worker.hangs and not worker.worn_out]
+            self._spawn(self._count - len(staying) - len(self._starting))
 
-    def _hangs(self, worker: Worker) -> None:
-        """Let it go first, but not before there is another: it may be busy, and come back."""
-        logger.error("Worker [%s] hangs, starting another one", worker.process.pid)
+    def _let_go_next(self, worker: Worker) -> None:
+        """But not before there is another: one that hangs may only be busy, and come back."""
         self._serving.remove(worker)
         self._serving.insert(0, worker)
         self._plan_respawn(worker)
@@ -350,6 +354,9 @@ class _ChangeWatcher(threading.Thread):
         self._reloader = ChangeReload(config, target=lambda _: None, sockets=[])
         self._on_change = on_change
 
+        self._has_looked = False
+        self._reloader.pause = self._pause  # type: ignore[method-assign]
+
     def run(self) -> None:
         try:
             for changes in self._reloader:
@@ -362,6 +369,12 @@ class _ChangeWatcher(threading.Thread):
     def stop(self) -> None:
         self._reloader.should_exit.set()
         self.join()
+
+    def _pause(self) -> None:
+        """uvicorn's own pause, but not before the first look: a change would be missed meanwhile."""
+        if self._has_looked:
+            type(self._reloader).pause(self._reloader)
+        self._has_looked = True
 
     def _take_note(self) -> None:
         """The polling watcher reports a change again and again until it is told."""

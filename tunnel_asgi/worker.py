@@ -30,7 +30,7 @@ from uvicorn.config import STARTUP_FAILURE
 from tunnel_asgi.errors import AppLoadFailed, LifespanFailed, TunnelError
 from tunnel_asgi.server import Config, Server
 
-__all__ = ["KILL_MARGIN", "READY", "SIGHUP", "Failed", "Worker"]
+__all__ = ["KILL_MARGIN", "READY", "SIGHUP", "WORN_OUT", "Failed", "Worker"]
 
 logger: logging.Logger = logging.getLogger("uvicorn.error")
 
@@ -44,7 +44,7 @@ LAST_WORDS = 1  # seconds for WebSockets to end when a retired worker's time is 
 
 # What a worker is told, and what it says.
 PING, RETIRE = "ping", "retire"
-PONG, READY = "pong", "ready"
+PONG, READY, WORN_OUT = "pong", "ready", "worn out"
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,8 @@ class Worker:
         """Nothing more comes through the pipe."""
         self.failure: Failed | None = None
         self.hangs: bool = False
+        self.worn_out: bool = False
+        """It has served ``limit_max_requests``."""
         self.started_at: float = time.monotonic()
         self.kill_at: float = math.inf
         self.check_at: float = math.inf
@@ -153,6 +155,8 @@ class _WorkerServer(Server):
         self._tell_parent = tell_parent
         self._retired = False
         self._hand_over_timeout: asyncio.Timeout | None = None
+        # uvicorn would end at once when it is reached; here the parent is asked for a successor first.
+        self._share, self.limit_max_requests = self.limit_max_requests, None
 
     def obey(self, order: str) -> None:
         """Do what the parent says. Called in a thread of its own."""
@@ -171,6 +175,12 @@ class _WorkerServer(Server):
             self._loop.call_soon_threadsafe(self._hurry)
             return
         super().handle_exit(sig, frame)
+
+    async def on_tick(self, counter: int) -> bool:
+        if self._share is not None and self.server_state.total_requests >= self._share:
+            self._share = None
+            self._tell_parent(WORN_OUT)
+        return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         if self._retired and self.pool is not None:

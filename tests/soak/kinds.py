@@ -19,10 +19,11 @@ from tests.soak.connection import Connection, Wrong, check
 __all__ = ["FAULTY_KINDS", "GOOD_KINDS", "MEETING", "Kind", "Request"]
 
 LARGE = (64 * 1024, 512 * 1024)  # bytes, from and to
-BODY = 64 * 1024  # bytes of a request body, at most
+BODY = 48 * 1024  # bytes sent before an answer, at most: what the relay can still give to another WebSocket
+UPLOAD = (100 * 1024, 300 * 1024)  # bytes, from and to, of which the app has been told before
 EVENTS = 20
 MESSAGES = 5
-HUGE_HEAD = 128 * 1024  # bytes; the guard takes half of that
+HUGE_HEAD = 48 * 1024  # bytes; see HEAD_LIMIT of serve.py
 
 
 class Unexpected(EOFError):
@@ -70,6 +71,18 @@ async def chunked(request: Request) -> None:
         chunk, rest = rest[:size], rest[size:]
         await request.connection.send(b"%x\r\n%b\r\n" % (len(chunk), chunk))
     await request.connection.send(b"0\r\n\r\n")
+    await _expect_echo(request, body)
+
+
+async def upload(request: Request) -> None:
+    """A large body, sent once the app asks for it."""
+    body = pattern(request.id, request.random.randint(*UPLOAD))
+    lines = (f"Content-Length: {len(body)}", "Expect: 100-continue")
+    await request.connection.send(request.head("POST", f"/echo/{request.id}", *lines))
+    status, _ = await request.connection.read_head()
+    if status != 100:
+        raise Unexpected(f"{status} instead of 100")
+    await request.connection.send(body)
     await _expect_echo(request, body)
 
 
@@ -211,6 +224,7 @@ GOOD_KINDS = [
     Kind(slow_reader, 2),
     Kind(post, 14),
     Kind(chunked, 8),
+    Kind(upload, 2),
     Kind(pipelined, 8, requests=2),
     Kind(events, 5),
     Kind(websocket, 5, fresh=True, closes=True),

@@ -20,6 +20,7 @@ from typing import Any
 from tests.soak.app import PlannedError, app, calls
 from tunnel_asgi.server import Config, Server
 
+HEAD_LIMIT = 16 * 1024  # bytes of a request head
 KEPT = 20  # log lines passed on
 
 
@@ -57,6 +58,7 @@ def main() -> None:
         loop=options.loop,
         log_config=None,
         access_log=False,
+        h11_max_incomplete_event_size=HEAD_LIMIT,
         timeout_keep_alive=120,  # a visitor must never send while we close: that failure would be nobody's
     )
     server = Server(config, on_started=lambda: _listen(server, problems))

@@ -22,6 +22,7 @@ class Tally:
         self.passed: set[str] = set()
         self.relay: dict[str, int] = {}
         self.memory: dict[str, int] = {}
+        self.deselected: dict[str, str] = {}
         self.too_few: list[str] = []
 
     def count(self, streams: dict[str, int]) -> int:
@@ -41,16 +42,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         group.addoption(f"--at-least-{kind}", type=int, default=0, help=f"tests that must open a stream by {kind}")
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Deselect by the list, and fail if the list names a test that its file no longer has."""
-    out = [item for item in items if _reason(item) is not None]
-    config.hook.pytest_deselected(items=out)
-    named = {item.nodeid for item in items} | {item.nodeid.partition("[")[0] for item in items}
-    files = {item.nodeid.partition("::")[0] for item in items}
-    items[:] = [item for item in items if _reason(item) is None]
-    stale = [name for name in DESELECTED if name.partition("::")[0] in files and name not in named]
-    if stale and not config.option.keyword:
+    names = {name for item in items for name in _names(item)}
+    tally.deselected = {name: reason for name, reason in DESELECTED.items() if name in names}
+    stale = [name for name in DESELECTED if name.partition("::")[0] in config.args and name not in names]
+    if stale:
         raise pytest.UsageError(f"deselected.py names tests that do not exist: {', '.join(stale)}")
+
+    out = [item for item in items if not tally.deselected.keys().isdisjoint(_names(item))]
+    config.hook.pytest_deselected(items=out)
+    items[:] = [item for item in items if item not in out]
 
 
 def pytest_collection_finish() -> None:
@@ -103,11 +106,12 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     )
     for name, count in Counter(name.partition("[")[0] for name in tally.none).items():
         terminalreporter.line(f"no stream: {name}: {count}")
-    for name, reason in DESELECTED.items():
+    for name, reason in tally.deselected.items():
         terminalreporter.line(f"deselected: {name}: {reason}")
     for complaint in tally.too_few:
         terminalreporter.line(f"FAILED: {complaint}", red=True)
 
 
-def _reason(item: pytest.Item) -> str | None:
-    return DESELECTED.get(item.nodeid) or DESELECTED.get(item.nodeid.partition("[")[0])
+def _names(item: pytest.Item) -> set[str]:
+    """With and without its parameters."""
+    return {item.nodeid, item.nodeid.partition("[")[0]}
