@@ -35,14 +35,14 @@ async def main() -> None:
     async with Relay(keys={DOMAIN.customer_id: {"bench": SECRET}}, domain=DOMAIN) as relay:
         common = ["--http", options.http, "--loop", options.loop, "--no-access-log"]
         tunnel = ["tunnel_asgi", *common, "--domain", str(DOMAIN), "--server", relay.server_url, "--key-id", "bench"]
-        async with serving(["uvicorn", *common, "--port", "0"]) as (port_pid, port):
-            async with serving(tunnel) as (tunnel_pid, _):
-                contenders = {"port": (port_pid, port), "tunnel": (tunnel_pid, relay.port)}
-                for round_number in range(options.rounds + 1):
-                    for name, (pid, visitors_port) in contenders.items():
-                        cost = await measure(pid, visitors_port, options.requests)
-                        if round_number:  # the first round warms up
-                            costs[name].append(cost)
+        plain = ["uvicorn", *common, "--port", "0"]
+        async with serving(plain) as (port_pid, port), serving(tunnel) as (tunnel_pid, _):
+            contenders = {"port": (port_pid, port), "tunnel": (tunnel_pid, relay.port)}
+            for round_number in range(options.rounds + 1):
+                for name, (pid, visitors_port) in contenders.items():
+                    cost = await measure(pid, visitors_port, options.requests)
+                    if round_number:  # the first round warms up
+                        costs[name].append(cost)
     report(costs, options)
 
 

@@ -34,7 +34,7 @@ from tunnel_asgi.errors import (
     UpgradeRefused,
     WebSocketError,
 )
-from tunnel_asgi.protocol import MAX_TEXT, ClientSide, Connected, Data, Dropped, Ended
+from tunnel_asgi.protocol import MAX_TEXT, ClientSide, Connected, Data, Dropped, Ended, printable
 from tunnel_asgi.transport import TunnelTransport
 
 __all__ = ["Owner", "TunnelConnection", "dial"]
@@ -45,6 +45,7 @@ logger: logging.Logger = logging.getLogger("tunnel_asgi")
 # hierarchy, so no logging configuration can switch it on.
 _silent_logger = logging.Logger("tunnel_asgi.websocket", level=logging.CRITICAL + 1)
 
+LAST_BYTES = 1024 * 1024  # bytes read after the end of a WebSocket, in which its close frame must come
 CLOSE_TIMEOUT = 5.0  # seconds for the server to answer our close frame
 HIGH_WATER = 64 * 1024  # bytes in the socket's buffer past which we wait; asyncio's default with TLS is 512 KiB
 WRITE_LIMIT = 1024 * 1024  # bytes there that end the WebSocket: only answers to a flood of pings get so far
@@ -143,6 +144,8 @@ class TunnelConnection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self._heard_at = self._loop.time()
+        if self._ended and not self._awaits_close(len(data)):
+            return
         self._ws.receive_data(data)
         for event in self._ws.events_received():
             if self._ended:
@@ -355,7 +358,14 @@ class TunnelConnection(asyncio.Protocol):
     def _why_closed(self) -> WebSocketError:
         if self._ws.parser_exc is not None:
             return ProtocolError(str(self._ws.parser_exc))
-        return WebSocketError(f"closed by the server: {self._ws.close_rcvd}")
+        return WebSocketError(f"closed by the server: {printable(str(self._ws.close_rcvd))}")
+
+    def _awaits_close(self, size: int) -> bool:
+        """Whether to read on after the end, for the server's close frame; a flood is not read to its end."""
+        self._discarded += size
+        if self._discarded > LAST_BYTES:
+            self.transport.abort()
+        return self._discarded <= LAST_BYTES
 
     # Timers.
 

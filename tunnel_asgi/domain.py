@@ -48,7 +48,9 @@ class TunnelDomain:
 
         parts = labels[0].split("-")
         if len(parts) != 3:
-            raise InvalidDomain(text, "the first label must have three dash-separated parts, so no part may hold a dash")
+            raise InvalidDomain(
+                text, "the first label must have three dash-separated parts, so no part may hold a dash"
+            )
         if not all(_PART.fullmatch(part) for part in (*parts, labels[1])):
             raise InvalidDomain(text, "each part must be letters a-z and digits, and none may be empty")
 

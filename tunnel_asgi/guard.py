@@ -27,6 +27,7 @@ __all__ = ["GuardedH11Protocol", "Timeouts", "guarded", "guarded_websocket"]
 logger: logging.Logger = logging.getLogger("uvicorn.error")
 
 HEAD_LIMIT = 64 * 1024  # bytes of request line and headers; nginx allows 32 KiB, node 16 KiB
+FRAMING_LIMIT = 4 * 1024  # bytes of a chunk's size line, or of the trailers
 LENGTH_DIGITS = 18  # of a Content-Length: what any parser's 64 bits hold
 
 _HEAD_END = b"\r\n\r\n"
@@ -263,9 +264,10 @@ class _StrictConnection(h11.Connection):
 
     def next_event(self) -> Any:
         state = self.their_state
-        raw = self.trailing_data[0] if state is h11.IDLE or (self._chunked and state is h11.SEND_BODY) else b""
+        chunked = self._chunked and state is h11.SEND_BODY
+        framing, size = self._peek(FRAMING_LIMIT) if chunked else b"", len(self._receive_buffer)
         if state is h11.IDLE:
-            self._check_raw_head(raw)
+            self._check_raw_head(self._peek(self._head_limit + 1))
         try:
             event = super().next_event()
         except h11.RemoteProtocolError as error:
@@ -273,9 +275,13 @@ class _StrictConnection(h11.Connection):
             raise
         if type(event) is h11.Request:
             return self._check_request(event)
-        if state is h11.SEND_BODY and self._chunked:
-            self._check_chunk_framing(event, raw[: len(raw) - len(self.trailing_data[0])])
+        if chunked:
+            self._check_chunk_framing(event, framing, size - len(self._receive_buffer))
         return event
+
+    def _peek(self, size: int) -> bytes:
+        """The first bytes not parsed yet. ``trailing_data`` would copy them all, for each chunk of a body."""
+        return bytes(self._receive_buffer._data[:size])
 
     def _check_raw_head(self, raw: bytes) -> None:
         end = raw.find(_HEAD_END, max(0, self._checked - len(_HEAD_END)))
@@ -304,10 +310,10 @@ class _StrictConnection(h11.Connection):
             method=event.method, target=target, headers=list(event.headers), http_version=event.http_version
         )
 
-    def _check_chunk_framing(self, event: Any, read: bytes) -> None:
-        framing = read[: len(read) - len(event.data)] if type(event) is h11.Data else read
+    def _check_chunk_framing(self, event: Any, framing: bytes, consumed: int) -> None:
+        length = consumed - len(event.data) if type(event) is h11.Data else consumed
         pattern = _CHUNKED_END if type(event) is h11.EndOfMessage else _CHUNK_LINE
-        if not pattern.fullmatch(framing):
+        if length > FRAMING_LIMIT or not pattern.fullmatch(framing, 0, length):
             raise BadRequest("the chunked body is malformed")
 
 

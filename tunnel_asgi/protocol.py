@@ -25,6 +25,7 @@ __all__ = [
     "Event",
     "Recycled",
     "ServerSide",
+    "printable",
 ]
 
 EOF = b""
@@ -37,7 +38,7 @@ _READ_SIDE_DONE = "RDSD"
 _CONNECT = "CONNECT:"
 _DROP = "DROP:"
 
-MAX_LOGGED = 200  # characters of a reason or connection id
+MAX_LOGGED = 64  # characters of a reason or connection id
 MAX_TEXT = 8 * 1024  # bytes; CONNECT and DROP are one line, more is an attack on memory
 
 
@@ -156,7 +157,7 @@ class ClientSide(_Side):
             return _parse_connect(message)
         if message.startswith(_DROP) and not self.waiting:
             self._receive(_SERVER_TO_CLIENT, _Move.DROP)
-            return Dropped(_printable(message.removeprefix(_DROP)))
+            return Dropped(printable(message.removeprefix(_DROP)))
         return None
 
     def receive_binary(self, data: bytes | bytearray) -> Data | Ended:
@@ -249,10 +250,10 @@ class ServerSide(_Side):
 
 def _parse_connect(message: str) -> Connected:
     ip, _, rest = message.removeprefix(_CONNECT).partition(",")
-    return Connected(_parse_ip(ip.strip()), _printable(rest.partition(",")[0]) or None)
+    return Connected(_parse_ip(ip.strip()), printable(rest.partition(",")[0]) or None)
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """For logs: one line, of a length one can read."""
     return "".join(character for character in text.strip() if character.isprintable())[:MAX_LOGGED]
 

@@ -202,7 +202,7 @@ def process(target: Callable[..., None], *args: Any) -> Iterator[tuple[Any, Conn
 def run_cases(port: int, cases: Sequence[str], *, concurrency: int = CONCURRENCY) -> Verdicts:
     async def run() -> list[Any]:
         try:
-            return await run_fuzzingclient(f"ws://127.0.0.1:{port}", cases, concurrency=concurrency)
+            return list(await run_fuzzingclient(f"ws://127.0.0.1:{port}", cases, concurrency=concurrency))
         except FailureError as failure:
             return list(failure.results)
 

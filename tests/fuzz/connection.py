@@ -31,6 +31,7 @@ PAYLOADS = [
     b"RESET",
     b"RDSD",
     b"x" * 500,
+    b"x" * 4000,
     b"x" * 5000,
     b"\x03\xe8bye",
     b"\xff\xfe",
@@ -81,7 +82,7 @@ async def _frame(line: Line, tape: Tape) -> None:
 
 async def _message(line: Line, tape: Tape) -> None:
     """A whole good message, so that deep states are reached soon."""
-    payload = tape.choose(PAYLOADS[:7])
+    payload = tape.choose(PAYLOADS[:8])
     opcode = Opcode.TEXT if payload[:1].isupper() else Opcode.BINARY
     size = len(payload)
     length = bytes([size]) if size < 126 else b"\x7e" + size.to_bytes(2, "big")

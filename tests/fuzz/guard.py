@@ -14,7 +14,7 @@ from typing import Any
 import uvicorn
 from uvicorn.server import ServerState
 
-from tests.fuzz import bench
+from tests.fuzz import bench, oracle
 from tunnel_asgi.guard import Timeouts, guarded, guarded_websocket
 from tunnel_asgi.transport import TunnelTransport
 
@@ -34,7 +34,7 @@ def check(data: bytes) -> None:
         visit = Visit(parser)
         bench.run(visit.run(data[:1], data[1:]))
         visit.judge(data[1:])
-        seen.append(visit.seen)
+        seen.append(visit.trusted)
     common = min(map(len, seen))
     assert seen[0][:common] == seen[1][:common], f"read as {seen[0]} by h11, as {seen[1]} by httptools"
 
@@ -69,7 +69,6 @@ class Visit:
 
     def __init__(self, parser: str) -> None:
         self.parser = parser
-        self.started = 0
         self.upgraded = False
         self.seen: list[Request] = []
         """Requests whose end has been read."""
@@ -106,7 +105,6 @@ class Visit:
         await asyncio.sleep(1)  # for connection_lost, and what the app does then
 
     async def app(self, scope: Any, receive: Any, send: Any) -> None:
-        self.started += 1
         if scope["type"] == "websocket":
             await self._websocket(receive, send)
             return
@@ -126,9 +124,17 @@ class Visit:
         while (await receive())["type"] == "websocket.receive":
             pass
 
+    @property
+    def trusted(self) -> list[Request]:
+        """What both parsers must agree on. llhttp takes no body behind an upgrade, even one that uvicorn refuses."""
+        last_is_upgrade = bool(self.seen) and b"\nupgrade:" in b"\n" + self.seen[-1][3]
+        return self.seen[:-1] if self.parser == "httptools" and last_is_upgrade else self.seen
+
     def judge(self, data: bytes) -> None:
         """What was answered must fit what was called."""
-        assert self.started <= data.count(b"HTTP/1."), "more requests were called than there are"
+        read = [(method, body) for method, _, _, _, body in self.trusted]
+        meant = oracle.requests(data)
+        assert read == meant[: len(read)], f"the app was asked {read}, but what was sent means {meant}"
         statuses = [int(status) for status in re.findall(rb"HTTP/1\.1 (\d{3}) ", self.sent)]
         final = [status for status in statuses if status != 100]
         assert final.count(200) == len(self.seen), f"{len(self.seen)} requests, answers {final}"
