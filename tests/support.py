@@ -56,7 +56,7 @@ def run_async(test: Callable[P, Coroutine[Any, Any, None]]) -> Callable[P, None]
 
         asyncio.run(bounded())
         gc.collect()  # so that an unclosed socket complains here
-        assert not unheard
+        assert not unheard, unheard
 
     return run
 
@@ -284,6 +284,6 @@ def run_virtually(test: Callable[P, Coroutine[Any, Any, None]]) -> Callable[P, N
         with asyncio.Runner(loop_factory=VirtualClockLoop) as runner:
             runner.get_loop().set_exception_handler(lambda loop, context: unheard.append(context))
             runner.run(test(*args, **kwargs))
-        assert not unheard
+        assert not unheard, unheard
 
     return run

@@ -250,7 +250,16 @@ class TunnelStreamReader(asyncio.StreamReader):
             raise self._cut_short
 
 
+class _StreamProtocol(asyncio.StreamReaderProtocol):
+    """asyncio's, which would log how the connection ended, if nobody awaits ``wait_closed()``."""
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        if exc is not None:
+            self._get_close_waiter(None).exception()  # type: ignore[attr-defined]  # reader and writer tell it
+
+
 def stream_protocol(connected: ConnectedCallback | None, limit: int) -> asyncio.StreamReaderProtocol:
     loop = asyncio.get_running_loop()
     reader = TunnelStreamReader(limit=limit, loop=loop)
-    return asyncio.StreamReaderProtocol(reader, connected, loop=loop)
+    return _StreamProtocol(reader, connected, loop=loop)

@@ -1,4 +1,4 @@
-"""What a visitor's bytes mean to a reader who forgives nothing (RFC 9112), written apart from any parser of ours."""
+"""What a visitor's bytes mean to a strict reader of RFC 9112, written apart from any parser."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ __all__ = ["requests"]
 
 _TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
 _LINE = rb"[\t\x20-\x7e\x80-\xff]*"
-_HEAD = re.compile(
-    rb"(?:\r\n)*(" + _TOKEN + rb") ([\x21-\x7e]+) HTTP/1\.([01])\r\n((?:" + _TOKEN + rb":" + _LINE + rb"\r\n)*)\r\n"
-)
+# What llhttp forgives in a start line, without harm: see DIFFERENT in tests/test_guard.py.
+_START = rb"[\r\n]*(" + _TOKEN + rb") +([\x21-\x7e]+) +(?:HTTP|RTSP|ICE)/1\.([01])\r\n"
+_HEAD = re.compile(_START + rb"((?:" + _TOKEN + rb":" + _LINE + rb"\r\n)*)\r\n")
 _CHUNK = re.compile(rb"([0-9A-Fa-f]+)(?:;" + _LINE + rb")?\r\n")
 _TRAILERS = re.compile(rb"(?:[^\s:;]+:[^\r\n]*\r\n)*\r\n")
 

@@ -21,6 +21,7 @@ from tests.soak.app import PlannedError, app, calls
 from tunnel_asgi.server import Config, Server
 
 HEAD_LIMIT = 16 * 1024  # bytes of a request head
+PATIENCE = 120  # seconds
 KEPT = 20  # log lines passed on
 
 
@@ -59,7 +60,11 @@ def main() -> None:
         log_config=None,
         access_log=False,
         h11_max_incomplete_event_size=HEAD_LIMIT,
-        timeout_keep_alive=120,  # a visitor must never send while we close: that failure would be nobody's
+        # A driver short of CPU time must not look like a slow visitor, and nobody may send while we close.
+        timeout_keep_alive=PATIENCE,
+        timeout_first_byte=PATIENCE,
+        timeout_request_head=PATIENCE,
+        timeout_request_body=PATIENCE,
     )
     server = Server(config, on_started=lambda: _listen(server, problems))
     server.run()
