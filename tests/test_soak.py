@@ -8,7 +8,6 @@ import pytest
 
 from tests.soak.soak import Options, print_report, run
 
-
 # Python 3.11 drops, unclosed, the sockets it accepted in the very iteration in which a server is closed: here, those of
 # visitors who come while the relay restarts. Later versions close them.
 restarts = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
