@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +22,9 @@ from tunnel_asgi.relay import Relay
 
 DEADLINE = 30.0  # seconds for anything awaited: far beyond any good run
 TUNNEL_ASGI = (sys.executable, "-m", "tunnel_asgi")
+
+# A test run that is killed has no time to end its children: where Linux can do that, it does.
+_WITH_PARENT = ("setpriv", "--pdeathsig", "KILL") if shutil.which("setpriv") else ()
 
 _OURS = ("SMALLWARE_", "TUNNEL_ASGI_", "UVICORN_", "WEB_CONCURRENCY", "FORWARDED_ALLOW_IPS")
 
@@ -47,7 +51,7 @@ class Running:
         pass_fds: Sequence[int] = (),
     ) -> None:
         self.process = subprocess.Popen(
-            [*command, *arguments],
+            [*_WITH_PARENT, *command, *arguments],
             cwd=cwd,
             env=environment(cwd, **(env or {})),
             stdin=subprocess.DEVNULL,

@@ -511,6 +511,22 @@ def test_sighup_of_a_closed_terminal_is_the_end(folder: Path) -> None:
         wait_gone(worker)
 
 
+def test_a_signal_that_another_thread_gets_is_heeded(folder: Path) -> None:
+    command = (sys.executable, "-c", DEAF_MAIN_THREAD)
+    with serve(folder, "--reload", command=command) as app:
+        app.url()
+        app.send(signal.SIGHUP)
+        app.expect("Received SIGHUP")
+
+
+DEAF_MAIN_THREAD = """
+import signal, threading
+threading.Thread(target=threading.Event().wait, daemon=True).start()
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGHUP])
+from tunnel_asgi.cli import tunnel_asgi
+tunnel_asgi()
+"""
+
 ON_TERMINAL = """
 import os, sys
 terminal = os.open(sys.argv[1], os.O_RDWR)  # a session leader's first one: it becomes the controlling terminal

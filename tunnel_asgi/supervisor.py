@@ -289,9 +289,12 @@ class Supervisor:
     def _signal_handlers(self) -> Generator[None]:
         numbers = [number for number in (signal.SIGINT, signal.SIGTERM, SIGHUP) if number is not None]
         previous = {number: signal.signal(number, self._on_signal) for number in numbers}
+        # The system may hand a signal to any thread; only this wakes ours for its handler then.
+        waker = signal.set_wakeup_fd(self._bell.fileno(), warn_on_full_buffer=False)
         try:
             yield
         finally:
+            signal.set_wakeup_fd(waker)
             for number, handler in previous.items():
                 signal.signal(number, handler)
 
@@ -336,6 +339,10 @@ class _Bell:
     def __exit__(self, *exc_info: object) -> None:
         self.socket.close()
         self._outside.close()
+
+    def fileno(self) -> int:
+        """Where a byte rings it, too."""
+        return self._outside.fileno()
 
     def ring(self) -> None:
         with contextlib.suppress(BlockingIOError):  # full: it will wake anyway
