@@ -98,7 +98,7 @@ async def pooling(server: Relay | str, standby: int | Callable[[int], int] = 1, 
     finally:
         await pool.aclose()
         assert (pool.waiting, pool.busy) == (0, 0)
-        assert not any((pool._dials, pool._ending, pool._fresh, pool._waiters))
+        assert not any((pool._dials, pool._ending, pool._opened_at, pool._visited, pool._waiters))
         loop: Any = asyncio.get_running_loop()
         timers = [timer for timer in getattr(loop, "_scheduled", []) if not timer.cancelled()]
         assert not [timer for timer in timers if "Tunnel" in repr(timer)], "a timer is left"
@@ -578,7 +578,27 @@ async def connect_twice(ws: ServerConnection) -> None:
     await ws.wait_closed()
 
 
-@pytest.mark.parametrize("serve_one", [close_at_once, cut_at_once, break_the_protocol, connect_and_cut, connect_twice])
+async def send_nobody_and_close(ws: ServerConnection) -> None:
+    """A whole visit, EOF to RESET, by a visitor who wants nothing."""
+    await ws.send("CONNECT: 203.0.113.7")
+    await ws.send(b"")
+    assert await ws.recv() == b""
+    assert await ws.recv() == "RESET"
+
+
+async def answer_and_close(ws: ServerConnection) -> None:
+    await ws.send("CONNECT: 203.0.113.7")
+    await ws.send(b"question")
+    assert await ws.recv() == b"QUESTION"
+    await ws.send(b"")
+    assert await ws.recv() == b""
+    assert await ws.recv() == "RESET"
+
+
+@pytest.mark.parametrize(
+    "serve_one",
+    [close_at_once, cut_at_once, break_the_protocol, connect_and_cut, connect_twice, send_nobody_and_close],
+)
 @run_virtual
 async def test_a_server_that_accepts_and_then_fails_is_not_dialled_in_a_loop(
     serve_one: Any, caplog: pytest.LogCaptureFixture
@@ -595,6 +615,25 @@ async def test_a_server_that_accepts_and_then_fails_is_not_dialled_in_a_loop(
 
 def by_second(times: list[float]) -> dict[int, list[float]]:
     return {second: list(group) for second, group in itertools.groupby(times, key=int)}
+
+
+@run_virtual
+async def test_a_server_that_ends_each_websocket_after_its_visitor_was_answered_is_dialled_for_the_next_at_once() -> (
+    None
+):
+    visits, enough = itertools.count(1), asyncio.Event()
+
+    async def serve_many(ws: ServerConnection) -> None:
+        if next(visits) < 10 * FRUITLESS:
+            await answer_and_close(ws)
+        else:
+            enough.set()
+            await ws.wait_closed()
+
+    async with hostile_server(serve_many) as (url, dials), pooling(url, 2) as pool:
+        await enough.wait()
+        assert dials[-1] - dials[0] < 1
+        assert not pool._failing
 
 
 @run_virtual

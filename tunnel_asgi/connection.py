@@ -82,6 +82,8 @@ class TunnelConnection(asyncio.Protocol):
         self.transport: asyncio.Transport = cast(asyncio.Transport, None)  # set by connection_made
         self.visitor: TunnelTransport | None = None
         self.connection_id: str | None = None
+        self.answered: bool = False
+        """Whether a visitor was ever sent a byte: then it was worth its dial."""
         self._ws = ws
         self._owner = owner
         self._config = config
@@ -268,6 +270,7 @@ class TunnelConnection(asyncio.Protocol):
     def send_data(self, data: bytes | memoryview) -> None:
         self._side.send_data()
         if self._ws.state is State.OPEN:
+            self.answered = True
             self._ws.send_binary(data)
             self._write_out()
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import random
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn
@@ -36,7 +37,7 @@ MAX_RETRY_AFTER = 15 * 60.0  # seconds; a server that asks for more is asked aga
 PARALLEL_DIALS = 16  # at once; a burst of TLS handshakes would starve the visitors being served
 SURPLUS_TIME = 5.0  # seconds a WebSocket nobody needs goes on waiting [S]
 YOUNG = 5.0  # seconds; a WebSocket that fails sooner, unused, counts as a failed dial
-FRUITLESS = 16  # WebSockets in a row that fail young with their first visitor: from then on they count, too
+FRUITLESS = 16  # WebSockets in a row that fail young with unanswered visitors only: from then on they count, too
 
 
 def adaptive_standby(quiet: int = STANDBY) -> Standby:
@@ -85,7 +86,8 @@ class TunnelPool(asyncio.AbstractServer):
         self._waiting: dict[TunnelConnection, None] = {}  # oldest first
         self._busy: set[TunnelConnection] = set()  # with a visitor, or draining after one
         self._ending: set[TunnelConnection] = set()
-        self._fresh: dict[TunnelConnection, float] = {}  # since when; never recycled
+        self._opened_at: dict[TunnelConnection, float] = {}
+        self._visited: set[TunnelConnection] = set()
         self._fruitless = 0
         self._dials: set[asyncio.Task[None]] = set()
 
@@ -218,7 +220,7 @@ class TunnelPool(asyncio.AbstractServer):
             connection.close(1000)
             return
         self._answered()
-        self._fresh[connection] = self._loop.time()
+        self._opened_at[connection] = self._loop.time()
         self._wait(connection)
 
     def visitor_connected(self, connection: TunnelConnection, visitor: Connected) -> TunnelTransport:
@@ -227,24 +229,28 @@ class TunnelPool(asyncio.AbstractServer):
         extra = {**self._extra, "peername": peername, "connection_id": visitor.connection_id}
         transport = TunnelTransport(connection, self._make_protocol(), extra=extra, loop=self._loop)
         self._busy.add(connection)
+        self._visited.add(connection)
         self._loop.call_soon(self._settle)  # not now: the new protocol may change what standby answers
         return transport
 
     def connection_recycled(self, connection: TunnelConnection) -> None:
         self._busy.discard(connection)
-        self._fresh.pop(connection, None)
-        self._fruitless = 0
+        if connection.answered:
+            self._fruitless = 0
         self._wait(connection)
 
     def connection_ending(self, connection: TunnelConnection, error: WebSocketError | None) -> None:
-        unused = self._waiting.pop(connection, None) is not None
+        self._waiting.pop(connection, None)
         self._busy.discard(connection)
         self._ending.add(connection)
-        born = self._fresh.pop(connection, None)
+        young = self._loop.time() - self._opened_at.pop(connection, -math.inf) < YOUNG
         if error is not None:
             logger.debug("a WebSocket ended: %s", error)
-            if born is not None and self._loop.time() - born < YOUNG:
-                self._failed_young(error, unused=unused)
+        if connection.answered:
+            self._fruitless = 0
+        elif error is not None and young:
+            self._failed_young(error, unused=connection not in self._visited)
+        self._visited.discard(connection)
         self._settle()
         self._notify()
 
@@ -319,7 +325,10 @@ class TunnelPool(asyncio.AbstractServer):
         self._notify()
 
     def _failed_young(self, error: WebSocketError, *, unused: bool) -> None:
-        """A server that accepts and then fails must not be dialled again at the speed of the network."""
+        """A server that accepts and then fails must not be dialled again at the speed of the network.
+
+        One that ends the WebSocket after each visitor is, if those visitors were answered: it may be poor, not hostile.
+        """
         self._fruitless += 1
         if unused or self._fruitless > FRUITLESS:
             self._failed(error)
