@@ -1,0 +1,1 @@
+"""What fits tunnel-asgi to one framework. Only here frameworks are imported."""

@@ -1,0 +1,15 @@
+"""How Django knows the app."""
+
+from __future__ import annotations
+
+from django.apps import AppConfig
+
+__all__ = ["TunnelAsgiConfig"]
+
+
+class TunnelAsgiConfig(AppConfig):  # type: ignore[misc]  # Django has no types
+    """Named here, because the last part of the package's name says nothing."""
+
+    name = "tunnel_asgi.contrib.django"
+    label = "tunnel_asgi"
+    verbose_name = "tunnel-asgi"
