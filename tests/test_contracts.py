@@ -300,8 +300,9 @@ async def test_the_http_protocols_have_what_the_guard_touches(protocol_class: An
     check_parameters(protocol_class.send_400_response, "msg", used_in=used_in)
     check_parameters(protocol_class, "config server_state app_state _loop", used_in=used_in)
     protocol, transport = connected(protocol_class)
-    check_names(protocol, "transport loop config cycle flow", used_in=used_in)
+    check_names(protocol, "transport loop config cycle flow timeout_keep_alive", used_in=used_in)
     assert vars(protocol)["cycle"] is None
+    assert vars(protocol)["timeout_keep_alive_task"] is None
     transport.feed_data(post(b"Content-Length: 5", b"Expect: 100-continue"))
     names = "response_started response_complete disconnected message_event more_body keep_alive"
     check_names(protocol.cycle, f"{names} waiting_for_100_continue", used_in=used_in)

@@ -961,6 +961,36 @@ async def test_between_requests_the_keep_alive_timer_of_uvicorn_counts(parser: s
 
 @parsers
 @run_virtually
+async def test_a_visitor_is_idle_from_its_answer_to_the_next_byte_of_a_request(parser: str) -> None:
+    line = Line(parser, App())
+    seen = [line.protocol.idle_since]  # a silent one has a deadline of its own
+    await asyncio.sleep(3)
+    for data in (get(b"/1"), get(b"/2")[:3], get(b"/2")[3:]):
+        await line.send(data)
+        await asyncio.sleep(1)
+        seen.append(line.protocol.idle_since)
+    assert seen == [None, 3, None, 5]
+    line.transport.abort()
+
+
+@parsers
+@pytest.mark.parametrize("rest", [b"", get(b"/2"), get(b"/2")[:-2], post(b"Content-Length: 3", body=b"ab")])
+@run_virtually
+async def test_a_visitor_is_not_idle_while_a_request_is_answered_or_only_half_there(parser: str, rest: bytes) -> None:
+    app = Gated("/1", "/2", "/")
+    line = Line(parser, app)
+    await line.send(get(b"/1") + rest)
+    assert line.protocol.idle_since is None
+    app.gates["/1"].set()
+    await line.send(b"")
+    for _ in range(20):
+        await asyncio.sleep(0)
+    assert (line.protocol.idle_since is None) is bool(rest)
+    line.transport.abort()
+
+
+@parsers
+@run_virtually
 async def test_no_timer_outlives_the_connection(parser: str) -> None:
     line = Line(parser, App())
     await line.send(NEXT[:5])

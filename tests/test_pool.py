@@ -43,6 +43,7 @@ from tunnel_asgi.pool import (
     MAX_RETRY_AFTER,
     MAX_STANDBY,
     PARALLEL_DIALS,
+    ROOM_INTERVAL,
     STANDBY,
     SURPLUS_TIME,
     YOUNG,
@@ -260,6 +261,103 @@ async def test_there_are_never_more_websockets_than_max_connections() -> None:
             guest.send_eof()
             assert await sixth.read(4) == b"LATE"
             assert relay.dials == 5
+
+
+class Idler(Answerer):
+    """Idle since its last answer, unless it is told to be busy."""
+
+    busy = False
+    last = 0.0
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self.last = asyncio.get_running_loop().time()
+
+    @property
+    def idle_since(self) -> float | None:
+        return None if self.busy or not self.data else self.last
+
+
+@run_virtual
+async def test_when_every_websocket_is_taken_the_visitor_idle_longest_makes_room_for_the_next() -> None:
+    async with (
+        relaying() as relay,
+        pooling(relay, 2, make=Idler, max_connections=4) as pool,
+        visitors(relay, 3) as guests,
+    ):
+        await relay.wait_for_waiting(1)
+        for guest in (guests[2], guests[0], guests[1]):
+            await asyncio.sleep(2)
+            await guest.send(b"more")
+            assert await guest.read(4) == b"MORE"
+        await asyncio.sleep(600)
+        assert pool.busy == 3, "nobody had to go while a WebSocket waited"
+        async with AsyncExitStack() as stack:
+            for longest_idle in (2, 0):
+                newcomer = await stack.enter_async_context(visiting(relay))
+                await newcomer.send(b"me too")
+                assert await newcomer.read(6) == b"ME TOO"
+                assert await guests[longest_idle].read_all() == b""
+                await guests[longest_idle].close()
+                await relay.wait_for_waiting(1)
+            assert not guests[1].reader.at_eof()
+        assert relay.dials == 4
+
+
+@run_virtual
+async def test_nobody_is_closed_who_is_not_idle_and_whoever_becomes_idle_makes_room_within_a_second() -> None:
+    class Busy(Idler):
+        busy = True
+
+    async with (
+        relaying() as relay,
+        pooling(relay, 1, make=Busy, max_connections=2) as pool,
+        visitors(relay, 2) as guests,
+        visiting(relay) as held,
+    ):
+        await held.send(b"late")
+        await asyncio.sleep(5)
+        assert pool.busy == 2
+        pool.protocols[1].busy = False
+        asked = virtual_loop().time()
+        assert await guests[1].read_all() == b""
+        await guests[1].close()
+        assert await held.read(4) == b"LATE"
+        assert virtual_loop().time() - asked <= ROOM_INTERVAL
+        guests[0].reset()
+
+
+@run_virtual
+async def test_a_visitor_who_does_not_go_when_told_to_is_not_waited_for() -> None:
+    async with (
+        relaying() as relay,
+        pooling(relay, 1, make=Idler, max_connections=3) as pool,
+        visitors(relay, 3) as guests,
+    ):
+        start = virtual_loop().time()
+        for guest in guests[:2]:
+            assert await guest.read_all() == b""  # but it keeps its own direction open
+        assert virtual_loop().time() - start <= 2 * ROOM_INTERVAL
+        await guests[1].close()
+        await until(pool, lambda: pool.waiting == 1)
+        await asyncio.sleep(5)
+        assert pool.busy == 2
+
+
+@run_virtual
+async def test_no_room_is_made_for_visitors_nobody_wants() -> None:
+    def wanted(visitors: int) -> int:
+        return 0 if visitors else 1
+
+    async with (
+        relaying() as relay,
+        pooling(relay, wanted, make=Idler, max_connections=1) as pool,
+        visiting(relay) as guest,
+    ):
+        await guest.send(b"hello")
+        assert await guest.read(5) == b"HELLO"
+        await asyncio.sleep(600)
+        assert pool.busy == 1
 
 
 @run_virtual

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import logging
@@ -718,6 +719,35 @@ async def test_timeout_keep_alive_closes_an_idle_connection() -> None:
         assert (await read_response(visitor))[2] == b"hello"
         assert await visitor.read_all() == b""
         await site.relay.wait_for_waiting(2)  # recycled
+
+
+@parsers
+@run_async
+async def test_a_visitor_between_two_requests_makes_room_when_every_websocket_is_taken(http: str) -> None:
+    release = asyncio.Event()
+
+    async def hold(scope: Any, receive: Any, send: Any) -> None:
+        await release.wait()
+        await respond(send, b"held")
+
+    async with Relay(keys=KEYS, domain=DOMAIN) as relay:
+        server = make_server(App(index=hello, hold=hold), relay, http=http, standby=1)
+        assert server.config.tunnel is not None
+        server.config.tunnel = dataclasses.replace(server.config.tunnel, max_connections=2)
+        serving = asyncio.create_task(server.serve())
+        async with visiting(relay) as busy, visiting(relay) as idle, visiting(relay) as late:
+            await busy.send(get("/hold"))
+            await idle.send(get())
+            assert (await read_response(idle))[2] == b"hello"
+            await late.send(get())
+            assert await idle.read_all() == b""
+            await idle.close()
+            assert (await read_response(late))[2] == b"hello"
+            release.set()
+            assert (await read_response(busy))[2] == b"held"
+        server.should_exit = True
+        await serving
+        assert relay.violations == []
 
 
 @run_async

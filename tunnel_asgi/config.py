@@ -70,7 +70,7 @@ class TunnelConfig:
     max_message_size: int = field(kw_only=True, default=16 * 1024 * 1024)
     """One WebSocket frame; a larger one closes the WebSocket with 1009."""
     max_connections: int = field(kw_only=True, default=1000)
-    """WebSockets in all; beyond it visitors wait at the tunnel server."""
+    """WebSockets in all; beyond it visitors wait at the tunnel server, or idle ones make room."""
 
     tunnel_domain: TunnelDomain = field(init=False, repr=False, compare=False)
     access_key: AccessKey = field(init=False, repr=False, compare=False)

@@ -30,10 +30,14 @@ HEAD_LIMIT = 64 * 1024  # bytes of request line and headers; nginx allows 32 KiB
 FRAMING_LIMIT = 4 * 1024  # bytes of a chunk's size line, or of the trailers
 LENGTH_DIGITS = 18  # of a Content-Length: what any parser's 64 bits hold
 
+_LF = ord("\n")
 _HEAD_END = b"\r\n\r\n"
-# Control characters, a folded line, a line that ends in less than CR LF. A CR at the end may still get its LF.
-_MALFORMED = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\r\n[ \t]|\r(?!\n|\Z)|\n(?<!\r\n)")
-_LENGTH_LINE = re.compile(rb"\ncontent-length:([^\r]*)", re.IGNORECASE)
+# Lines without control characters, each ended by CR LF, none folded. The last one may still be growing.
+_TEXT = rb"[\t\x20-\x7e\x80-\xff]*+"
+_WELL_FORMED = re.compile(rb"(?:" + _TEXT + rb"\r\n(?![ \t]))*+" + _TEXT + rb"\r?")
+# The headers that check_head judges, as they stand in a raw head.
+_JUDGED_LINE = re.compile(rb"\n(host|content-length|transfer-encoding):([^\r]*)", re.IGNORECASE)
+_JUDGED = frozenset((b"host", b"content-length", b"transfer-encoding"))
 _CHUNK_EXTENSION = rb"(?:;[\t\x20-\x7e\x80-\xff]+)?"
 # What surrounds the bytes of a chunk. It may begin with what was left of the line end before.
 _CHUNK_LINE = re.compile(rb"\r?\n?(?:0*[0-9A-Fa-f]{1,16}" + _CHUNK_EXTENSION + rb"\r\n)?")
@@ -67,13 +71,12 @@ def check_head(method: bytes, target: bytes, http_version: bytes, headers: Itera
     """
     if http_version not in (b"1.1", b"1.0"):
         raise BadRequest("the only versions served are HTTP/1.1 and HTTP/1.0")
-    found: dict[bytes, list[bytes]] = {b"host": [], b"content-length": [], b"transfer-encoding": []}
-    for name, value in headers:
-        if name in found:
-            found[name].append(value.strip(b" \t"))
-    _check_host(found[b"host"], http_version)
-    _check_framing(found[b"content-length"], found[b"transfer-encoding"], http_version)
-    return _origin_form(method, target, found[b"host"])
+    judged = [(name, value.strip(b" \t")) for name, value in headers if name in _JUDGED]
+    hosts = [value for name, value in judged if name == b"host"]
+    _check_host(hosts, http_version)
+    if len(judged) > len(hosts):
+        _check_framing(judged, http_version)
+    return _origin_form(method, target, hosts)
 
 
 def _check_host(hosts: list[bytes], http_version: bytes) -> None:
@@ -83,7 +86,9 @@ def _check_host(hosts: list[bytes], http_version: bytes) -> None:
         raise BadRequest("the Host header is not a host")
 
 
-def _check_framing(lengths: list[bytes], encodings: list[bytes], http_version: bytes) -> None:
+def _check_framing(headers: list[tuple[bytes, bytes]], http_version: bytes) -> None:
+    lengths = [value for name, value in headers if name == b"content-length"]
+    encodings = [value for name, value in headers if name == b"transfer-encoding"]
     if lengths and encodings:
         raise BadRequest("Content-Length and Transfer-Encoding exclude each other")
     if len(lengths) > 1 or not all(length.isdigit() and len(length) <= LENGTH_DIGITS for length in lengths):
@@ -128,6 +133,8 @@ class _Guard(_OrderlyShutdown):
     flow: Any
     loop: asyncio.AbstractEventLoop
     head_too_large: bool = False
+    timeout_keep_alive: int
+    timeout_keep_alive_task: asyncio.TimerHandle | None
 
     _deaf = False
     _awaiting: str | None = None
@@ -143,7 +150,9 @@ class _Guard(_OrderlyShutdown):
         if self._deaf:
             return
         super().data_received(data)
-        self._await(self._input_needed(), fresh=self._awaiting == "body")
+        needed = self._input_needed()
+        if needed != self._awaiting or needed == "body":  # each piece of a body has a deadline of its own
+            self._await(needed)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop()
@@ -152,7 +161,9 @@ class _Guard(_OrderlyShutdown):
 
     def on_response_complete(self) -> None:
         super().on_response_complete()  # type: ignore[misc]
-        self._await(self._input_needed())  # a pipelined request may have been begun by this
+        needed = self._input_needed()  # a pipelined request may have been begun by this
+        if needed != self._awaiting:
+            self._await(needed)
 
     def handle_websocket_upgrade(self, *args: Any) -> None:
         if self._answering_earlier():
@@ -164,6 +175,14 @@ class _Guard(_OrderlyShutdown):
         if not getattr(self.transport.get_protocol(), "handshake_initiated", True):
             self._write_refusal(HTTPStatus.BAD_REQUEST, b"Invalid WebSocket request received.")
             self.transport.close()
+
+    @property
+    def idle_since(self) -> float | None:
+        """When the last answer was complete, if nothing has come since; for a pool that is short of WebSockets."""
+        timer = self.timeout_keep_alive_task
+        if timer is None or self._awaiting is not None:
+            return None
+        return timer.when() - self.timeout_keep_alive
 
     def send_400_response(self, msg: str) -> None:
         self.refuse(431 if self.head_too_large else 400, msg)
@@ -207,8 +226,9 @@ class _Guard(_OrderlyShutdown):
     def _input_needed(self) -> str | None:
         """What the parser waits for: "head", "body", or None between requests and after the last."""
 
-    def _await(self, what: str | None, *, fresh: bool = False) -> None:
-        if self._stopped or (what == self._awaiting and not fresh):
+    def _await(self, what: str | None) -> None:
+        """Set the deadline for it."""
+        if self._stopped:
             return
         self._awaiting = what
         seconds = getattr(self.timeouts, what) if what is not None else 0
@@ -260,55 +280,64 @@ class _StrictConnection(h11.Connection):
         super().__init__(h11.SERVER, head_limit)
         self._head_limit = head_limit
         self._checked = 0  # bytes of the unfinished head that are known to be well-formed
+        self._judged: list[tuple[bytes, bytes]] = []  # of the head that is read next
         self._chunked = False
+
+    @property
+    def has_unparsed(self) -> bool:
+        """Whether bytes are there that belong to no event yet; ``trailing_data`` would copy them."""
+        return bool(self._receive_buffer._data)
 
     def next_event(self) -> Any:
         state = self.their_state
-        chunked = self._chunked and state is h11.SEND_BODY
-        framing, size = self._peek(FRAMING_LIMIT) if chunked else b"", len(self._receive_buffer)
         if state is h11.IDLE:
-            self._check_raw_head(self._peek(self._head_limit + 1))
+            return self._next_head()
+        if state is h11.SEND_BODY and self._chunked:
+            return self._next_chunk()
+        return super().next_event()
+
+    def _next_head(self) -> Any:
+        if self.has_unparsed:
+            self._check_raw_head(self._receive_buffer._data)
+        event = self._next_event()
+        if type(event) is not h11.Request:
+            return event
+        target = check_head(event.method, event.target, event.http_version, self._judged)
+        self._chunked = any(name == b"transfer-encoding" for name, _ in self._judged)
+        if target == event.target:
+            return event
+        return h11.Request(
+            method=event.method, target=target, headers=list(event.headers), http_version=event.http_version
+        )
+
+    def _next_chunk(self) -> Any:
+        framing, size = bytes(self._receive_buffer._data[:FRAMING_LIMIT]), len(self._receive_buffer)
+        event = self._next_event()
+        self._check_chunk_framing(event, framing, size - len(self._receive_buffer))
+        return event
+
+    def _next_event(self) -> Any:
         try:
-            event = super().next_event()
+            return super().next_event()
         except h11.RemoteProtocolError as error:
             self.head_too_large = error.error_status_hint == 431
             raise
-        if type(event) is h11.Request:
-            return self._check_request(event)
-        if chunked:
-            self._check_chunk_framing(event, framing, size - len(self._receive_buffer))
-        return event
 
-    def _peek(self, size: int) -> bytes:
-        """The first bytes not parsed yet. ``trailing_data`` would copy them all, for each chunk of a body."""
-        return bytes(self._receive_buffer._data[:size])
-
-    def _check_raw_head(self, raw: bytes) -> None:
+    def _check_raw_head(self, raw: bytearray) -> None:
         end = raw.find(_HEAD_END, max(0, self._checked - len(_HEAD_END)))
         size = len(raw) if end < 0 else end + len(_HEAD_END)
         if size > self._head_limit:
             self.head_too_large = True
             raise BadRequest("the request head is too large")
         # What follows a line end decides about it, so the last bytes are looked at twice.
-        if _MALFORMED.search(raw, max(0, self._checked - 2), size):
+        start = max(0, self._checked - 2)
+        if start and raw[start] == _LF:
+            start += 1
+        if not _WELL_FORMED.fullmatch(raw, start, size):
             raise BadRequest("a line of the head is folded, ends without CR LF or holds control characters")
         self._checked = size if end < 0 else 0
-        if end >= 0:
-            self._check_raw_lengths(_LENGTH_LINE.findall(raw, 0, size))
-
-    def _check_raw_lengths(self, lengths: list[bytes]) -> None:
-        # h11 makes one of several that agree.
-        if len(lengths) > 1 or any(b"," in length for length in lengths):
-            raise BadRequest("the Content-Length is not one number")
-
-    def _check_request(self, event: h11.Request) -> h11.Request:
-        target = check_head(event.method, event.target, event.http_version, event.headers)
-        self._chunked = any(name == b"transfer-encoding" for name, _ in event.headers)
-        if target == event.target:
-            return event
-        return h11.Request(
-            method=event.method, target=target, headers=list(event.headers), http_version=event.http_version
-        )
+        if end >= 0:  # from the raw lines: h11 makes one of several lengths that agree
+            self._judged = [(name.lower(), value) for name, value in _JUDGED_LINE.findall(raw, 0, size)]
 
     def _check_chunk_framing(self, event: Any, framing: bytes, consumed: int) -> None:
         length = consumed - len(event.data) if type(event) is h11.Data else consumed
@@ -342,9 +371,16 @@ class GuardedH11Protocol(_Guard, H11Protocol):
     def _input_needed(self) -> str | None:
         if self.conn.their_state is h11.SEND_BODY:
             return "body"
-        if self.conn.their_state is h11.IDLE and self.conn.trailing_data[0]:
+        if self.conn.their_state is h11.IDLE and self.conn.has_unparsed:
             return "head"
         return None
+
+
+class _Sealed(list[tuple[bytes, bytes]]):
+    """Headers to which no trailer is added: it must not pass for a header (RFC 9110 section 6.5.1)."""
+
+    def append(self, header: tuple[bytes, bytes]) -> None:
+        pass
 
 
 def _guarded_httptools() -> type[asyncio.Protocol]:
@@ -356,40 +392,33 @@ def _guarded_httptools() -> type[asyncio.Protocol]:
         _in_head = False
         _in_body = False
         _head_limit = HEAD_LIMIT
-        _head_size = 0
         _unparsed = 0  # bytes since the last sign of progress: llhttp holds a half-read header without a bound
+        _fed = 0  # bytes that a head which ends now can have at most
 
         def connection_made(self, transport: asyncio.BaseTransport) -> None:
             self._head_limit = _head_limit(self.config)
             super().connection_made(transport)
 
         def data_received(self, data: bytes) -> None:
-            self._unparsed += len(data)
+            self._fed = self._unparsed = self._unparsed + len(data)
             super().data_received(data)
             if self._unparsed > self._head_limit and not self.transport.is_closing():
                 self.refuse(431, "Invalid HTTP request received.")
 
         def on_message_begin(self) -> None:
             super().on_message_begin()
-            self._head_size = 0
             self._in_head = True
             self._awaiting = None  # every head has a deadline of its own
-
-        def on_url(self, url: bytes) -> None:
-            super().on_url(url)
-            self._grow_head(len(url))
-
-        def on_header(self, name: bytes, value: bytes) -> None:
-            self._grow_head(len(name) + len(value) + len(b": \r\n"))
-            if self._in_head:  # trailers must not pass for headers, RFC 9110 section 6.5.1
-                super().on_header(name, value)
 
         def on_headers_complete(self) -> None:
             self._in_head = False
             self._unparsed = 0
+            if self._fed > self._head_limit:
+                self._check_head_size()
             version = self.parser.get_http_version().encode()
             self.url = check_head(self.parser.get_method(), self.url, version, self.headers)
             super().on_headers_complete()
+            self.headers = _Sealed(self.headers)
             self._in_body = True
 
         def on_body(self, body: bytes) -> None:
@@ -407,9 +436,9 @@ def _guarded_httptools() -> type[asyncio.Protocol]:
             self._deaf = True
             self.cycle.keep_alive = False
 
-        def _grow_head(self, size: int) -> None:
-            self._head_size += size
-            if self._head_size > self._head_limit:
+        def _check_head_size(self) -> None:
+            lines = sum(len(name) + len(value) + len(b": \r\n") for name, value in self.headers)
+            if len(self.url) + lines > self._head_limit:
                 self.head_too_large = True
                 raise BadRequest("the request head is too large")
 

@@ -37,6 +37,7 @@ MAX_RETRY_AFTER = 15 * 60.0  # seconds; a server that asks for more is asked aga
 PARALLEL_DIALS = 16  # at once; a burst of TLS handshakes would starve the visitors being served
 SURPLUS_TIME = 5.0  # seconds a WebSocket nobody needs goes on waiting [S]
 YOUNG = 5.0  # seconds; a WebSocket that fails sooner, unused, counts as a failed dial
+ROOM_INTERVAL = 1.0  # seconds between two looks for an idle visitor, while every WebSocket is taken
 FRUITLESS = 16  # WebSockets in a row that fail young with unanswered visitors only: from then on they count, too
 
 
@@ -61,6 +62,10 @@ class TunnelPool(asyncio.AbstractServer):
 
     ``protocol_factory`` makes one asyncio protocol per visitor. ``standby`` says how many WebSockets shall
     wait. ``extra`` is added to every transport's ``get_extra_info``.
+
+    There are never more WebSockets than ``config.max_connections``. When all of them are taken, the visitor idle
+    longest is closed to make room for another one. Idle is whose protocol says so: its attribute ``idle_since``, if
+    it has one, is a time at which the visitor's last exchange was over, or None while one is under way.
 
     A retryable failure is logged once per change of state and retried for ever. Any other stops the pool
     from dialling: it is raised by ``wait_ready`` and kept in ``failure``; visitors already connected go on.
@@ -96,6 +101,7 @@ class TunnelPool(asyncio.AbstractServer):
         self._delays = backoff()
         self._retry_timer: asyncio.TimerHandle | None = None
         self._trim_timer: asyncio.TimerHandle | None = None
+        self._room_timer: asyncio.TimerHandle | None = None
         self._steady_timer: asyncio.TimerHandle | None = None
         self._started = False
         self._closed = False
@@ -269,6 +275,7 @@ class TunnelPool(asyncio.AbstractServer):
             self._dials.add(task)
             task.add_done_callback(self._dialled)
         self._plan_trim()
+        self._make_room()
 
     def _dials_needed(self) -> int:
         missing = self._target() - len(self._waiting) - len(self._dials)
@@ -297,6 +304,31 @@ class TunnelPool(asyncio.AbstractServer):
         newest_first = list(reversed(self._waiting))
         for connection in newest_first[: max(surplus, 0)]:
             connection.close(1000)
+
+    def _make_room(self) -> None:
+        if not self._is_full():
+            return
+        if self._room_timer is None:
+            self._room_timer = self._loop.call_later(ROOM_INTERVAL, self._look_for_room)
+        visitor = self._longest_idle()
+        if visitor is not None:
+            visitor.close()
+
+    def _look_for_room(self) -> None:
+        self._room_timer = None
+        self._settle()
+
+    def _is_full(self) -> bool:
+        """Whether a visitor who comes now finds no WebSocket, and none may be dialled."""
+        occupied = len(self._busy) + len(self._ending)
+        wanted = self._standby(len(self._busy)) > 0
+        return wanted and not self._waiting and occupied >= self.config.max_connections
+
+    def _longest_idle(self) -> TunnelTransport | None:
+        visitors = [c.visitor for c in self._busy if c.visitor is not None and not c.visitor.is_closing()]
+        since = {visitor: getattr(visitor.get_protocol(), "idle_since", None) for visitor in visitors}
+        idle = {visitor: at for visitor, at in since.items() if at is not None}
+        return min(idle, key=idle.__getitem__, default=None)
 
     # Visitors
 
@@ -373,7 +405,7 @@ class TunnelPool(asyncio.AbstractServer):
         logger.info("the tunnel server answers again")
 
     def _stop_timers(self) -> None:
-        for timer in (self._retry_timer, self._trim_timer, self._steady_timer):
+        for timer in (self._retry_timer, self._trim_timer, self._room_timer, self._steady_timer):
             if timer is not None:
                 timer.cancel()
 
