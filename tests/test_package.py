@@ -25,7 +25,7 @@ LIBRARY = [
     "forward_tunnel_tcp",
     "start_tunnel_server",
 ]
-SERVER = ["Config", "Server", "WorkersFailed", "run", "serve"]
+SERVER = ["Config", "Server", "Share", "ThreadShare", "WorkersFailed", "run", "serve", "share", "share_in_thread"]
 
 
 def test_the_package_exports_the_library_the_server_and_every_exception() -> None:
@@ -45,10 +45,13 @@ def test_a_name_that_is_not_there_is_an_attribute_error() -> None:
         from tunnel_asgi import no_such_name  # type: ignore[attr-defined]  # noqa: F401
 
 
-def test_uvicorn_is_imported_only_with_the_server() -> None:
+def test_nothing_is_imported_before_it_is_used() -> None:
     program = """
 import sys
 import tunnel_asgi
+heavy = {"asyncio", "cryptography", "h11", "jwt", "starlette", "uvicorn", "websockets"}
+assert not heavy & set(sys.modules)
+tunnel_asgi.TunnelListener
 assert not {"uvicorn", "starlette", "h11"} & set(sys.modules)
 tunnel_asgi.run
 assert "run" in vars(tunnel_asgi)

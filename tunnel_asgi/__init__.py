@@ -4,6 +4,8 @@ In short::
 
     tunnel_asgi.run("main:app", domain="www-x-cust.e0.smallware.io", reload=True)  # blocking
     await tunnel_asgi.serve(app, domain="www-x-cust.e0.smallware.io")  # inside a running loop
+    with tunnel_asgi.share_in_thread(app, local=True) as tunnel:  # notebooks, tests; ``async with share(...)``, too
+        print(tunnel.url)
 
 Anything else that talks over a stream: ``TunnelListener``, ``start_tunnel_server``, ``create_tunnel_server`` and
 ``forward_tunnel_tcp``.
@@ -13,38 +15,38 @@ import importlib
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from tunnel_asgi.auth import AccessKey, JwtManager
-from tunnel_asgi.config import TunnelConfig
-from tunnel_asgi.domain import TunnelDomain
-from tunnel_asgi.errors import (
-    AppLoadFailed,
-    AuthenticationFailed,
-    BadRequest,
-    ConfigError,
-    ConnectionFailed,
-    InvalidDomain,
-    InvalidKey,
-    InvalidServerURL,
-    IoError,
-    LifespanFailed,
-    ListenerClosed,
-    LocalProtocolError,
-    NoCredits,
-    ProtocolError,
-    RelayFailed,
-    ServerError,
-    TunnelError,
-    UpgradeRefused,
-    WebSocketError,
-)
-from tunnel_asgi.forward import ForwardStats, forward_tunnel, forward_tunnel_tcp
-from tunnel_asgi.listener import TunnelListener, create_tunnel_server, start_tunnel_server
-from tunnel_asgi.pool import TunnelPool
-from tunnel_asgi.transport import TunnelTransport
-
 if TYPE_CHECKING:
+    from tunnel_asgi.auth import AccessKey, JwtManager
+    from tunnel_asgi.config import TunnelConfig
+    from tunnel_asgi.domain import TunnelDomain
+    from tunnel_asgi.errors import (
+        AppLoadFailed,
+        AuthenticationFailed,
+        BadRequest,
+        ConfigError,
+        ConnectionFailed,
+        InvalidDomain,
+        InvalidKey,
+        InvalidServerURL,
+        IoError,
+        LifespanFailed,
+        ListenerClosed,
+        LocalProtocolError,
+        NoCredits,
+        ProtocolError,
+        RelayFailed,
+        ServerError,
+        TunnelError,
+        UpgradeRefused,
+        WebSocketError,
+    )
+    from tunnel_asgi.forward import ForwardStats, forward_tunnel, forward_tunnel_tcp
+    from tunnel_asgi.listener import TunnelListener, create_tunnel_server, start_tunnel_server
+    from tunnel_asgi.pool import TunnelPool
     from tunnel_asgi.server import Config, Server, serve
+    from tunnel_asgi.sharing import Share, ThreadShare, share, share_in_thread
     from tunnel_asgi.supervisor import WorkersFailed, run
+    from tunnel_asgi.transport import TunnelTransport
 
 __all__ = [
     "AccessKey",
@@ -68,6 +70,8 @@ __all__ = [
     "RelayFailed",
     "Server",
     "ServerError",
+    "Share",
+    "ThreadShare",
     "TunnelConfig",
     "TunnelDomain",
     "TunnelError",
@@ -82,26 +86,34 @@ __all__ = [
     "forward_tunnel_tcp",
     "run",
     "serve",
+    "share",
+    "share_in_thread",
     "start_tunnel_server",
 ]
 
 __version__ = version("tunnel-asgi")
 
 if not TYPE_CHECKING:  # pragma: no branch
-    # Whoever only forwards bytes does not wait for uvicorn's import (a third of the time).
-    _LAZY = {
-        "Config": "tunnel_asgi.server",
-        "Server": "tunnel_asgi.server",
-        "WorkersFailed": "tunnel_asgi.supervisor",
-        "run": "tunnel_asgi.supervisor",
-        "serve": "tunnel_asgi.server",
+    # Nobody waits for what is not used: uvicorn, websockets, cryptography. pytest imports this package at every start.
+    _HOMES = {
+        "auth": ["AccessKey", "JwtManager"],
+        "config": ["TunnelConfig"],
+        "domain": ["TunnelDomain"],
+        "forward": ["ForwardStats", "forward_tunnel", "forward_tunnel_tcp"],
+        "listener": ["TunnelListener", "create_tunnel_server", "start_tunnel_server"],
+        "pool": ["TunnelPool"],
+        "server": ["Config", "Server", "serve"],
+        "sharing": ["Share", "ThreadShare", "share", "share_in_thread"],
+        "supervisor": ["WorkersFailed", "run"],
+        "transport": ["TunnelTransport"],
     }
+    _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
     def __getattr__(name: str) -> Any:
-        if name not in _LAZY:
+        if name not in __all__:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        value = getattr(importlib.import_module(_LAZY[name]), name)
-        globals()[name] = value
+        module = importlib.import_module(f"{__name__}.{_HOME.get(name, 'errors')}")
+        value = globals()[name] = getattr(module, name)
         return value
 
     def __dir__() -> list[str]:

@@ -11,6 +11,7 @@ import logging
 import os
 import socket
 from collections.abc import Callable, Generator
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -122,6 +123,8 @@ class Config(uvicorn.Config):
         self.timeouts: Timeouts = Timeouts(timeout_first_byte, timeout_request_head, timeout_request_body)
         self.public_url = PublicURL.parse(public_url) if public_url else None
         self.tunnel: TunnelConfig | None = None
+        self.ca_path: Path | None = None
+        """With ``local`` and ``tls``, the certificate that visitors must trust; known while it is served."""
         if local:
             if domain or server_url:
                 raise ConfigError("--local brings its own domain and server: leave out --domain and --server")
@@ -151,8 +154,9 @@ class Config(uvicorn.Config):
         with LocalRelay(port=self.port, tls=self.tls) as relay:
             self.tunnel = relay.tunnel_config
             given, self.public_url = self.public_url, self.public_url or PublicURL.parse(relay.url)
-            if relay.ca_path is not None:
-                logger.info("Development CA for this machine: %s (curl --cacert, or import it)", relay.ca_path)
+            self.ca_path = relay.ca_path
+            if self.ca_path is not None:
+                logger.info("Development CA for this machine: %s (curl --cacert, or import it)", self.ca_path)
             try:
                 yield
             finally:
