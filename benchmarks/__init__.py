@@ -1,1 +1,1 @@
-"""Measurements. Never run as tests: the figures depend on the machine, only ratios within one run count."""
+"""What serving through a tunnel costs, measured against the alternatives. See ``benchmarks/README.md``."""

@@ -1,0 +1,55 @@
+"""Measure what serving costs: ``python -m benchmarks --help``."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+from pathlib import Path
+
+import uvloop
+
+from benchmarks.contenders import CONTENDERS, STACKS
+from benchmarks.loads import LOADS
+from benchmarks.machine import describe
+from benchmarks.measuring import Pace, measure_stack
+from benchmarks.report import text_table
+from benchmarks.results import Results
+
+FULL = Pace(rounds=5, warm_up=0.3, window=0.8)
+QUICK = Pace(rounds=3, warm_up=0.2, window=0.3)
+
+
+def main() -> None:
+    """Measure, print, save."""
+    options = parse_arguments()
+    pace = QUICK if options.quick else FULL
+    pace = Pace(options.rounds or pace.rounds, pace.warm_up, pace.window)
+    results = Results(datetime.date.today().isoformat(), describe(), pace.rounds)
+    uvloop.run(measure(options, pace, results))
+    print(text_table(results))
+    if options.json is not None:
+        results.save(options.json)
+
+
+async def measure(options: argparse.Namespace, pace: Pace, results: Results) -> None:
+    """Everything that was asked for."""
+    loads = [LOADS[name] for name in options.only if name in LOADS]
+    if loads:
+        for name in options.stack:
+            await measure_stack(STACKS[name], loads, options.contender, pace, results)
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="short windows, few rounds: to see that it works")
+    parser.add_argument("--rounds", type=int, help=f"{FULL.rounds} by default, {QUICK.rounds} with --quick")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write what was measured")
+    for option, known in (("--only", LOADS), ("--stack", STACKS), ("--contender", CONTENDERS)):
+        names = list(known)
+        parser.add_argument(option, nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""Run loads on contenders, by turns."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import time
+from collections.abc import Collection, Iterator
+from contextlib import AsyncExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.accounting import cpu_seconds
+from benchmarks.contenders import CONTENDERS, ChildFailed, Running, Stack
+from benchmarks.entrances import Wrong
+from benchmarks.loads import Load
+from benchmarks.results import Results, Sample
+from benchmarks.visitors import Meter
+
+LIMIT = 30.0  # seconds for beginning and for ending a load, far beyond any good run
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How long and how often."""
+
+    rounds: int
+    warm_up: float
+    window: float
+
+
+async def measure_stack(
+    stack: Stack, loads: Collection[Load], contenders: Collection[str], pace: Pace, results: Results
+) -> None:
+    """Measure loads on contenders, by turns within each round. What fails is noted, and the rest goes on."""
+    async with AsyncExitStack() as closing:
+        running: dict[str, Running] = {}
+        for name in contenders:
+            with noting(f"{stack} {name}", results):
+                running[name] = await closing.enter_async_context(CONTENDERS[name](stack))
+        for load in loads:
+            print(f"{stack}: {load.title}", file=sys.stderr, flush=True)
+            await _measure_load(stack, load, running, pace, results)
+
+
+async def _measure_load(stack: Stack, load: Load, running: dict[str, Running], pace: Pace, results: Results) -> None:
+    for number in range(pace.rounds):
+        for name, contender in list(running.items()):
+            with noting(f"{stack} {name}, {load.title}", results):
+                spent = await measure(load, contender, pace)
+                results.samples.append(Sample(str(stack), load.name, name, number, *spent))
+
+
+async def measure(load: Load, contender: Running, pace: Pace) -> tuple[int, float, float, float]:
+    """Operations in a steady window, and what passed in it: seconds, CPU seconds of the contender, and ours.
+
+    Raises:
+        Wrong: an answer was not what it should have been.
+        TimeoutError: nothing came.
+    """
+    meter = Meter()
+    with failing_loudly(meter):
+        async with asyncio.timeout(LIMIT):
+            await load.begin(meter, contender.entrance)
+        await meter.run_for(pace.warm_up)
+        before = _look(meter, contender)
+        await meter.run_for(pace.window)
+        after = _look(meter, contender)
+        async with asyncio.timeout(LIMIT):
+            await meter.end()
+    operations, seconds, cpu, own = (end - start for start, end in zip(before, after, strict=True))
+    if not operations:
+        raise Wrong("nothing was completed")
+    return int(operations), seconds, cpu, own
+
+
+def _look(meter: Meter, contender: Running) -> tuple[float, float, float, float]:
+    return meter.operations, time.perf_counter(), cpu_seconds(contender.pids), time.process_time()
+
+
+@contextmanager
+def failing_loudly(meter: Meter) -> Iterator[None]:
+    """Let what goes wrong in a callback of the loop fail the meter."""
+    loop = asyncio.get_running_loop()
+
+    def fail(_: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        meter.fail(context.get("exception") or Wrong(context["message"]))
+
+    loop.set_exception_handler(fail)
+    try:
+        yield
+    finally:
+        loop.set_exception_handler(None)
+
+
+@contextmanager
+def noting(what: str, results: Results) -> Iterator[None]:
+    """Note a failure instead of passing it on: it must not cost the others their results."""
+    try:
+        yield
+    except (Wrong, ChildFailed, OSError) as error:  # a TimeoutError is an OSError
+        results.failures.append(f"{what}: {str(error) or type(error).__name__}")
+        print(f"FAILED {results.failures[-1]}", file=sys.stderr, flush=True)
