@@ -79,6 +79,16 @@ def check_head(method: bytes, target: bytes, http_version: bytes, headers: Itera
     return _origin_form(method, target, hosts)
 
 
+def check_length(headers: Iterable[tuple[bytes, bytes]], limit: int) -> None:
+    """Refuse a Content-Length above the limit; to be asked after ``check_head``.
+
+    Raises:
+        BadRequest: with 413.
+    """
+    if any(name == b"content-length" and int(value) > limit for name, value in headers):
+        raise BadRequest("the request body is too large", error_status_hint=HTTPStatus.REQUEST_ENTITY_TOO_LARGE)
+
+
 def _check_host(hosts: list[bytes], http_version: bytes) -> None:
     if len(hosts) > 1 or (not hosts and http_version == b"1.1"):
         raise BadRequest("exactly one Host header is needed")
@@ -128,11 +138,12 @@ class _Guard(_OrderlyShutdown):
     """What both parsers share: the deadlines and the refusal. Mixed in before uvicorn's class."""
 
     timeouts: ClassVar[Timeouts] = Timeouts()
+    limit_body: ClassVar[int] = 0  # bytes; 0 means any number
 
     cycle: Any
     flow: Any
     loop: asyncio.AbstractEventLoop
-    head_too_large: bool = False
+    refusal: HTTPStatus = HTTPStatus.BAD_REQUEST
     timeout_keep_alive: int
     timeout_keep_alive_task: asyncio.TimerHandle | None
 
@@ -185,7 +196,7 @@ class _Guard(_OrderlyShutdown):
         return timer.when() - self.timeout_keep_alive
 
     def send_400_response(self, msg: str) -> None:
-        self.refuse(431 if self.head_too_large else 400, msg)
+        self.refuse(self.refusal, "The request body is too large." if self.refusal == 413 else msg)
 
     def refuse(self, status: int, message: str) -> None:
         """Answer in plain text if no answer has begun, and close. Earlier requests are answered first."""
@@ -274,11 +285,13 @@ class _Guard(_OrderlyShutdown):
 class _StrictConnection(h11.Connection):
     """h11, without what it tolerates for old clients: bare CR or LF, folded lines, doubled framing, loose chunks."""
 
-    head_too_large: bool = False
+    refusal: HTTPStatus = HTTPStatus.BAD_REQUEST
 
-    def __init__(self, head_limit: int) -> None:
+    def __init__(self, head_limit: int, body_limit: int) -> None:
         super().__init__(h11.SERVER, head_limit)
         self._head_limit = head_limit
+        self._body_limit = body_limit
+        self._body_size = 0  # of a chunked body
         self._checked = 0  # bytes of the unfinished head that are known to be well-formed
         self._judged: list[tuple[bytes, bytes]] = []  # of the head that is read next
         self._chunked = False
@@ -304,6 +317,9 @@ class _StrictConnection(h11.Connection):
             return event
         target = check_head(event.method, event.target, event.http_version, self._judged)
         self._chunked = any(name == b"transfer-encoding" for name, _ in self._judged)
+        self._body_size = 0
+        if self._body_limit:
+            check_length(self._judged, self._body_limit)
         if target == event.target:
             return event
         return h11.Request(
@@ -314,6 +330,9 @@ class _StrictConnection(h11.Connection):
         framing, size = bytes(self._receive_buffer._data[:FRAMING_LIMIT]), len(self._receive_buffer)
         event = self._next_event()
         self._check_chunk_framing(event, framing, size - len(self._receive_buffer))
+        if self._body_limit and type(event) is h11.Data:
+            self._body_size += len(event.data)
+            check_length([(b"content-length", b"%d" % self._body_size)], self._body_limit)
         return event
 
     def _next_event(self) -> Any:
@@ -379,8 +398,12 @@ class GuardedH11Protocol(_Guard, H11Protocol):
 class _Sealed(list[tuple[bytes, bytes]]):
     """Headers to which no trailer is added: it must not pass for a header (RFC 9110 section 6.5.1)."""
 
+    _room = FRAMING_LIMIT
+
     def append(self, header: tuple[bytes, bytes]) -> None:
-        pass
+        self._room -= len(header[0]) + len(header[1]) + len(b": \r\n")
+        if self._room < 0:
+            raise BadRequest("the trailers are too large")
 
 
 def _guarded_httptools() -> type[asyncio.Protocol]:
