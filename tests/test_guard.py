@@ -104,8 +104,10 @@ async def respond(send: Any, body: bytes = b"") -> None:
 class Line:
     """One visitor connection with a guarded protocol at its end."""
 
-    def __init__(self, parser: str, app: Any, *, timeouts: Timeouts = TIMEOUTS, **options: Any) -> None:
-        protocol = guarded(parser, timeouts)
+    def __init__(
+        self, parser: str, app: Any, *, timeouts: Timeouts = TIMEOUTS, limit_body: int = 0, **options: Any
+    ) -> None:
+        protocol = guarded(parser, timeouts, limit_body=limit_body)
         given = {"lifespan": "off", "log_config": None, "date_header": False, "ws_ping_interval": None} | options
         config = uvicorn.Config(app, http=protocol, **given)
         config.load()
@@ -998,6 +1000,107 @@ async def test_no_timer_outlives_the_connection(parser: str) -> None:
     await line.wait_closed()
     await asyncio.sleep(100)
     assert line.wire.sent == b""
+
+
+# The size of a body
+
+LIMIT = 10  # bytes
+
+
+class Listener:
+    """Writes down every message it receives; answers when the body is complete."""
+
+    def __init__(self, *, answers_first: bool = False) -> None:
+        self.answers_first = answers_first
+        self.messages: list[Any] = []
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if self.answers_first:
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            await send({"type": "http.response.body", "body": b"begun", "more_body": True})
+        while not self.messages or self.messages[-1].get("more_body"):
+            self.messages.append(await receive())
+        if self.messages[-1]["type"] == "http.request":
+            await respond(send, b"all")
+
+
+def chunk(size: int) -> bytes:
+    return b"%x\r\n" % size + b"b" * size + b"\r\n"
+
+
+@parsers
+@pytest.mark.parametrize("body", [b"b" * LIMIT, b""])
+@run_virtually
+async def test_a_body_of_the_limit_is_served_however_it_is_framed(parser: str, body: bytes) -> None:
+    app = App()
+    line = Line(parser, app, limit_body=LIMIT)
+    await line.send(post(b"Content-Length: %d" % len(body), body=body))
+    await line.send(chunked(b"".join(b"1\r\n%c\r\n" % byte for byte in body) + b"0\r\n\r\n"))
+    assert line.statuses == [200, 200]
+    assert [seen for _, _, seen in app.seen] == [body, body]
+    line.transport.abort()
+
+
+@parsers
+@pytest.mark.parametrize("lines", [(), (b"Expect: 100-continue",)])
+@run_virtually
+async def test_a_content_length_above_the_limit_gets_413_and_reaches_no_app(
+    parser: str, lines: Sequence[bytes]
+) -> None:
+    app = App()
+    line = Line(parser, app, limit_body=LIMIT)
+    await line.send(get(b"/1"), post(b"Content-Length: %d" % (LIMIT + 1), *lines, body=b"b"))
+    await line.wait_closed()
+    assert line.statuses == [200, 413]
+    assert b"too large" in line.wire.sent
+    assert [path for _, path, _ in app.seen] == ["/1"]
+
+
+@parsers
+@run_virtually
+async def test_a_chunked_body_that_grows_above_the_limit_gets_413_and_the_app_sees_a_disconnect(parser: str) -> None:
+    app = Listener()
+    line = Line(parser, app, limit_body=LIMIT)
+    await line.send(chunked(chunk(6)), chunk(4))
+    assert [len(message["body"]) for message in app.messages] == [6, 4]
+    await line.send(chunk(1) + b"0\r\n\r\n" + NEXT)
+    await line.wait_closed()
+    assert line.statuses == [413]
+    assert app.messages[2:] == [{"type": "http.disconnect"}]
+
+
+@parsers
+@run_virtually
+async def test_what_comes_too_late_or_at_once_never_makes_a_truncated_body_look_complete(parser: str) -> None:
+    app = Listener()
+    line = Line(parser, app, limit_body=LIMIT)
+    await line.send(chunked(chunk(6) + chunk(6) + b"0\r\n\r\n"))
+    await line.wait_closed()
+    assert line.statuses == [413]
+    assert app.messages == [{"type": "http.disconnect"}]
+
+
+@parsers
+@run_virtually
+async def test_a_body_above_the_limit_under_an_answer_that_has_begun_only_closes(parser: str) -> None:
+    app = Listener(answers_first=True)
+    line = Line(parser, app, limit_body=LIMIT)
+    await line.send(chunked(chunk(LIMIT)), chunk(1))
+    await line.wait_closed()
+    assert line.statuses == [200]
+    assert app.messages[-1] == {"type": "http.disconnect"}
+
+
+@parsers
+@run_virtually
+async def test_a_pipelined_body_above_the_limit_is_refused_after_the_answer_before_it(parser: str) -> None:
+    app = Gated("/1", "/")
+    line = Line(parser, app, limit_body=LIMIT)
+    await line.send(get(b"/1") + chunked(chunk(LIMIT + 1) + b"0\r\n\r\n"))
+    app.gates["/1"].set()
+    app.gates["/"].set()
+    await line.wait_closed()
+    assert line.statuses == [200, 413]
 
 
 # Shutdown

@@ -750,6 +750,20 @@ async def test_a_visitor_between_two_requests_makes_room_when_every_websocket_is
         assert relay.violations == []
 
 
+@parsers
+@run_async
+async def test_a_body_above_the_limit_gets_413_and_the_next_visitor_an_answer(http: str) -> None:
+    async with served(App(index=echo), http=http, limit_body=1000) as site, site.client() as client:
+
+        async def grow() -> AsyncIterator[bytes]:
+            for _ in range(30):
+                yield b"b" * 100
+
+        for body in (b"b" * 1001, grow()):
+            assert (await client.post("/", content=body)).status_code == 413
+        assert (await client.post("/", content=b"b" * 1000)).content == b"b" * 1000
+
+
 @run_async
 async def test_the_deadlines_are_options() -> None:
     async with served(
@@ -1495,6 +1509,7 @@ def test_a_parser_of_ones_own_is_left_alone_but_not_silently(caplog: pytest.LogC
         ({"ssl_keyfile": "key.pem"}, "'ssl_keyfile' is about a socket"),
         ({"http2": True}, "'http2' is about a socket"),
         ({"standby": 0}, "standby must be at least 1"),
+        ({"limit_body": -1}, "limit_body must be a number of bytes"),
         ({"local": True}, "--local brings its own domain and server"),
         ({"public_url": "ftp://x"}, "is not a public URL"),
         ({"trust_ca": "/no/such/file", "server_url": "wss://localhost"}, "cannot read /no/such/file"),

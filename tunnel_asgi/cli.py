@@ -167,6 +167,13 @@ def _fail(message: object, code: int) -> NoReturn:
     show_default=True,
     help="Time a visitor may pause within a request body.",
 )
+@click.option(
+    "--limit-body",
+    type=click.IntRange(0),
+    metavar="BYTES",
+    default=None,
+    help="Answer 413 to a request with a larger body. [default: no limit]",
+)
 @click.version_option(version("tunnel-asgi"), prog_name="tunnel-asgi")
 @click.pass_context
 def tunnel_asgi(context: click.Context, /, **options: Any) -> None:

@@ -79,14 +79,9 @@ def check_head(method: bytes, target: bytes, http_version: bytes, headers: Itera
     return _origin_form(method, target, hosts)
 
 
-def check_length(headers: Iterable[tuple[bytes, bytes]], limit: int) -> None:
-    """Refuse a Content-Length above the limit; to be asked after ``check_head``.
-
-    Raises:
-        BadRequest: with 413.
-    """
-    if any(name == b"content-length" and int(value) > limit for name, value in headers):
-        raise BadRequest("the request body is too large", error_status_hint=HTTPStatus.REQUEST_ENTITY_TOO_LARGE)
+def declared_length(headers: Iterable[tuple[bytes, bytes]]) -> int:
+    """The Content-Length of a head that ``check_head`` took, or 0."""
+    return sum(int(value) for name, value in headers if name == b"content-length")
 
 
 def _check_host(hosts: list[bytes], http_version: bytes) -> None:
@@ -302,6 +297,14 @@ class _StrictConnection(h11.Connection):
         return bool(self._receive_buffer._data)
 
     def next_event(self) -> Any:
+        try:
+            return self._next_event()
+        except h11.RemoteProtocolError as error:
+            if error.error_status_hint in (413, 431):
+                self.refusal = HTTPStatus(error.error_status_hint)
+            raise
+
+    def _next_event(self) -> Any:
         state = self.their_state
         if state is h11.IDLE:
             return self._next_head()
@@ -312,14 +315,14 @@ class _StrictConnection(h11.Connection):
     def _next_head(self) -> Any:
         if self.has_unparsed:
             self._check_raw_head(self._receive_buffer._data)
-        event = self._next_event()
+        event = super().next_event()
         if type(event) is not h11.Request:
             return event
         target = check_head(event.method, event.target, event.http_version, self._judged)
         self._chunked = any(name == b"transfer-encoding" for name, _ in self._judged)
         self._body_size = 0
         if self._body_limit:
-            check_length(self._judged, self._body_limit)
+            self._check_body(declared_length(self._judged))
         if target == event.target:
             return event
         return h11.Request(
@@ -328,26 +331,18 @@ class _StrictConnection(h11.Connection):
 
     def _next_chunk(self) -> Any:
         framing, size = bytes(self._receive_buffer._data[:FRAMING_LIMIT]), len(self._receive_buffer)
-        event = self._next_event()
+        event = super().next_event()
         self._check_chunk_framing(event, framing, size - len(self._receive_buffer))
-        if self._body_limit and type(event) is h11.Data:
+        if type(event) is h11.Data:
             self._body_size += len(event.data)
-            check_length([(b"content-length", b"%d" % self._body_size)], self._body_limit)
+            self._check_body(self._body_size)
         return event
-
-    def _next_event(self) -> Any:
-        try:
-            return super().next_event()
-        except h11.RemoteProtocolError as error:
-            self.head_too_large = error.error_status_hint == 431
-            raise
 
     def _check_raw_head(self, raw: bytearray) -> None:
         end = raw.find(_HEAD_END, max(0, self._checked - len(_HEAD_END)))
         size = len(raw) if end < 0 else end + len(_HEAD_END)
         if size > self._head_limit:
-            self.head_too_large = True
-            raise BadRequest("the request head is too large")
+            raise BadRequest("the request head is too large", error_status_hint=431)
         # What follows a line end decides about it, so the last bytes are looked at twice.
         start = max(0, self._checked - 2)
         if start and raw[start] == _LF:
@@ -357,6 +352,10 @@ class _StrictConnection(h11.Connection):
         self._checked = size if end < 0 else 0
         if end >= 0:  # from the raw lines: h11 makes one of several lengths that agree
             self._judged = [(name.lower(), value) for name, value in _JUDGED_LINE.findall(raw, 0, size)]
+
+    def _check_body(self, size: int) -> None:
+        if self._body_limit and size > self._body_limit:
+            raise BadRequest("the request body is too large", error_status_hint=413)
 
     def _check_chunk_framing(self, event: Any, framing: bytes, consumed: int) -> None:
         length = consumed - len(event.data) if type(event) is h11.Data else consumed
@@ -376,7 +375,7 @@ class GuardedH11Protocol(_Guard, H11Protocol):
         _loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
-        self.conn: _StrictConnection = _StrictConnection(_head_limit(config))
+        self.conn: _StrictConnection = _StrictConnection(_head_limit(config), self.limit_body)
 
     def data_received(self, data: bytes) -> None:
         if self.conn.their_state is h11.MUST_CLOSE:
@@ -384,7 +383,7 @@ class GuardedH11Protocol(_Guard, H11Protocol):
         super().data_received(data)
 
     def send_400_response(self, msg: str) -> None:
-        self.head_too_large: bool = self.conn.head_too_large
+        self.refusal: HTTPStatus = self.conn.refusal
         super().send_400_response(msg)
 
     def _input_needed(self) -> str | None:
@@ -416,6 +415,7 @@ def _guarded_httptools() -> type[asyncio.Protocol]:
         _in_body = False
         _head_limit = HEAD_LIMIT
         _unparsed = 0  # bytes since the last sign of progress: llhttp holds a half-read header without a bound
+        _body_size = 0
         _fed = 0  # bytes that a head which ends now can have at most
 
         def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -440,12 +440,17 @@ def _guarded_httptools() -> type[asyncio.Protocol]:
                 self._check_head_size()
             version = self.parser.get_http_version().encode()
             self.url = check_head(self.parser.get_method(), self.url, version, self.headers)
+            if self.limit_body:
+                self._check_body(declared_length(self.headers))
             super().on_headers_complete()
             self.headers = _Sealed(self.headers)
             self._in_body = True
+            self._body_size = 0
 
         def on_body(self, body: bytes) -> None:
             self._unparsed = 0
+            self._body_size += len(body)
+            self._check_body(self._body_size)
             super().on_body(body)
 
         def on_message_complete(self) -> None:
@@ -462,8 +467,13 @@ def _guarded_httptools() -> type[asyncio.Protocol]:
         def _check_head_size(self) -> None:
             lines = sum(len(name) + len(value) + len(b": \r\n") for name, value in self.headers)
             if len(self.url) + lines > self._head_limit:
-                self.head_too_large = True
+                self.refusal: HTTPStatus = HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
                 raise BadRequest("the request head is too large")
+
+        def _check_body(self, size: int) -> None:
+            if self.limit_body and size > self.limit_body:
+                self.refusal = HTTPStatus.REQUEST_ENTITY_TOO_LARGE
+                raise BadRequest("the request body is too large")
 
         def _answering_earlier(self) -> bool:
             if self._in_body:
@@ -496,14 +506,14 @@ def _refusal(status: int, body: bytes) -> Any:
     return refuse
 
 
-def guarded(name: str, timeouts: Timeouts) -> type[asyncio.Protocol]:
-    """The guarded protocol class for ``h11`` or ``httptools``, with these timeouts.
+def guarded(name: str, timeouts: Timeouts, *, limit_body: int = 0) -> type[asyncio.Protocol]:
+    """The guarded protocol class for ``h11`` or ``httptools``, with these limits; 0 bytes of body are no limit.
 
     Raises:
         ImportError: httptools is not installed.
     """
     base = GuardedH11Protocol if name == "h11" else _guarded_httptools()
-    return type(base.__name__, (base,), {"timeouts": timeouts})
+    return type(base.__name__, (base,), {"timeouts": timeouts, "limit_body": limit_body})
 
 
 def guarded_websocket(base: type[asyncio.Protocol]) -> type[asyncio.Protocol]:

@@ -77,7 +77,8 @@ class Config(uvicorn.Config):
     is not ``https://<domain>``. With ``local=True`` an embedded relay on loopback serves visitors on ``port``
     (0: any free one; ``tls=True``: https) and neither domain nor key is needed. ``standby`` is how many
     WebSockets wait when nobody is connected. ``timeout_first_byte``, ``timeout_request_head`` and
-    ``timeout_request_body`` are deadlines for visitors in seconds, 0 for none.
+    ``timeout_request_body`` are deadlines for visitors in seconds, 0 for none. A request body of more than
+    ``limit_body`` bytes is answered 413; None or 0 for no limit.
 
     Raises:
         ConfigError: an option cannot work. Nothing has been dialled.
@@ -102,10 +103,13 @@ class Config(uvicorn.Config):
         timeout_first_byte: float = Timeouts.first_byte,
         timeout_request_head: float = Timeouts.head,
         timeout_request_body: float = Timeouts.body,
+        limit_body: int | None = None,
         **uvicorn_options: Any,
     ) -> None:
         for name in SOCKET_OPTIONS & uvicorn_options.keys():
             raise ConfigError(f"{name!r} is about a socket, and a tunnel opens no port: leave it out")
+        if limit_body is not None and limit_body < 0:
+            raise ConfigError("limit_body must be a number of bytes, or 0 for no limit")
         if standby < 1:
             raise ConfigError("standby must be at least 1: no visitor can come without a waiting WebSocket")
         options: dict[str, Any] = {
@@ -121,6 +125,7 @@ class Config(uvicorn.Config):
         self.tls = tls
         self.standby = standby
         self.timeouts: Timeouts = Timeouts(timeout_first_byte, timeout_request_head, timeout_request_body)
+        self.limit_body = limit_body or 0
         self.public_url = PublicURL.parse(public_url) if public_url else None
         self.tunnel: TunnelConfig | None = None
         self.ca_path: Path | None = None
@@ -202,10 +207,11 @@ class Config(uvicorn.Config):
 
         Raises:
             AppLoadFailed: as ``load_app``; also when what it names, or the factory returns, is not an ASGI app.
-            ConfigError: a parser that is not installed was asked for.
+            ConfigError: a parser that is not installed was asked for, or what a WSGI app needs is not.
         """
         self._choose_parser()
         asked_for = self.interface
+        wrap_wsgi = _wsgi_wrapper() if asked_for == "wsgi" else None
         try:
             super().load()
         except ImportFromStringError as error:
@@ -213,6 +219,8 @@ class Config(uvicorn.Config):
         except SystemExit as error:
             raise self._factory_failure(error) from error
         self._check_interface(_unwrapped(self.loaded_app), guessed=asked_for == "auto")
+        if wrap_wsgi is not None:
+            self.loaded_app = _rewrapped(self.loaded_app, wrap_wsgi)
         if not hasattr(self.http_protocol_class, "timeouts"):
             logger.warning("%r has none of our checks and deadlines for visitors", self.http_protocol_class)
         if self.lifespan_class is LifespanOn:
@@ -241,12 +249,12 @@ class Config(uvicorn.Config):
             return  # a parser of the user's own, or one whose rules we do not know
         try:
             self.http: type[asyncio.Protocol] | str = guarded(
-                "h11" if self.http == "h11" else "httptools", self.timeouts
+                "h11" if self.http == "h11" else "httptools", self.timeouts, limit_body=self.limit_body
             )
         except ImportError as error:
             if self.http == "httptools":
                 raise ConfigError("httptools is not installed: pip install 'tunnel-asgi[fast]'") from error
-            self.http = guarded("h11", self.timeouts)
+            self.http = guarded("h11", self.timeouts, limit_body=self.limit_body)
 
 
 def _tunnel_config(**given: Any) -> TunnelConfig:
@@ -268,6 +276,22 @@ def _unwrapped(app: Any) -> Any:
 def _wsgi_middleware() -> type:
     middleware: type = vars(uvicorn.config)["WSGIMiddleware"]  # a2wsgi's, or uvicorn's own
     return middleware
+
+
+def _wsgi_wrapper() -> Callable[[Any], Any]:
+    try:
+        from tunnel_asgi.wsgi import WSGIApp
+    except ImportError as error:
+        raise ConfigError("a WSGI app needs a2wsgi: pip install 'tunnel-asgi[wsgi]'") from error
+    return WSGIApp
+
+
+def _rewrapped(app: Any, wrap_wsgi: Callable[[Any], Any]) -> Any:
+    """The app with our adapter for WSGI where uvicorn put its own, inside of all it put around it."""
+    if type(app) is _wsgi_middleware():
+        return wrap_wsgi(app.app)
+    app.app = _rewrapped(app.app, wrap_wsgi)
+    return app
 
 
 def _is_wsgi(app: Any) -> bool:
