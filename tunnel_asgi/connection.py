@@ -34,7 +34,7 @@ from tunnel_asgi.errors import (
     UpgradeRefused,
     WebSocketError,
 )
-from tunnel_asgi.protocol import MAX_TEXT, ClientSide, Connected, Data, Dropped, Ended, printable
+from tunnel_asgi.protocol import MAX_TEXT, ClientSide, Connected, Dropped, Ended, printable
 from tunnel_asgi.transport import TunnelTransport
 
 __all__ = ["Owner", "TunnelConnection", "dial"]
@@ -91,7 +91,7 @@ class TunnelConnection(asyncio.Protocol):
         self._side = ClientSide()
         self._response: asyncio.Future[None] = self._loop.create_future()
         self._ready = False
-        self._writable = True
+        self.writable = True
         self._reading_paused = False
         self._ended = False
 
@@ -157,9 +157,10 @@ class TunnelConnection(asyncio.Protocol):
             else:
                 self._upgraded()
         self._write_out()
-        if self._ready and self._ws.close_expected():
-            self._end(self._why_closed())
-        elif not self._writable and self.buffered > WRITE_LIMIT:
+        if self._ws.state is not State.OPEN:
+            if self._ready and self._ws.close_expected():
+                self._end(self._why_closed())
+        elif not self.writable and self.buffered > WRITE_LIMIT:
             self.abort(WebSocketError("the tunnel server sends pings and reads no pongs"))
 
     def eof_received(self) -> None:
@@ -178,11 +179,11 @@ class TunnelConnection(asyncio.Protocol):
         self._stop_timers()
 
     def pause_writing(self) -> None:
-        self._writable = False
+        self.writable = False
         self._watch_writing()
 
     def resume_writing(self) -> None:
-        self._writable = True
+        self.writable = True
         if self._write_timer is not None:
             self._write_timer.cancel()
             self._write_timer = None
@@ -202,7 +203,9 @@ class TunnelConnection(asyncio.Protocol):
     def _receive_frame(self, frame: Frame) -> None:
         opcode = frame.opcode
         try:
-            if opcode is Opcode.BINARY or opcode is Opcode.TEXT:
+            if opcode is Opcode.BINARY and frame.fin and frame.data:  # nearly every one
+                self._receive_data(bytes(frame.data))
+            elif opcode is Opcode.BINARY or opcode is Opcode.TEXT:
                 self._message_opcode = opcode
                 self._message_size = 0
                 self._receive_fragment(frame)
@@ -216,7 +219,7 @@ class TunnelConnection(asyncio.Protocol):
         if self._message_opcode is Opcode.TEXT:
             self._receive_text(frame)
         elif frame.data:
-            self._receive(self._side.receive_binary(bytes(frame.data)))
+            self._receive_data(bytes(frame.data))
         elif frame.fin and not self._message_size:
             self._receive(self._side.receive_binary(b""))
 
@@ -232,13 +235,15 @@ class TunnelConnection(asyncio.Protocol):
         if event is not None:
             self._receive(event)
 
+    def _receive_data(self, data: bytes) -> None:
+        self._side.receive_data()
+        if self.visitor is not None:
+            self.visitor.feed_data(data)
+        else:
+            self._discard(len(data))
+
     def _receive(self, event: Any) -> None:
-        if type(event) is Data:
-            if self.visitor is not None:
-                self.visitor.feed_data(cast(bytes, event.data))
-            else:
-                self._discard(len(event.data))
-        elif type(event) is Connected:
+        if type(event) is Connected:
             self._open(event)
         elif type(event) is Ended:
             if self.visitor is not None:
@@ -258,10 +263,6 @@ class TunnelConnection(asyncio.Protocol):
         self.visitor.start()
 
     # Wire: what the visitor's transport asks.
-
-    @property
-    def writable(self) -> bool:
-        return self._writable
 
     @property
     def buffered(self) -> int:

@@ -167,14 +167,24 @@ class ClientSide(_Side):
             ProtocolError: no visitor is connected, or the direction has ended.
         """
         if data:
-            self._receive(_SERVER_TO_CLIENT, _Move.DATA)
+            self.receive_data()
             return Data(data)
         self._receive(_SERVER_TO_CLIENT, _Move.EOF)
         return Ended()
 
+    def receive_data(self) -> None:
+        """Note that visitor bytes came. Nearly every message is of this kind, and this is its row of the table.
+
+        Raises:
+            ProtocolError: as ``receive_binary``.
+        """
+        if self.incoming is not Direction.OPEN:
+            self._receive(_SERVER_TO_CLIENT, _Move.DATA)
+
     def send_data(self) -> None:
         """Note that bytes are sent (an empty message is EOF and must go through ``send_eof``)."""
-        self._send(_CLIENT_TO_SERVER, _Move.DATA)
+        if self.outgoing is not Direction.OPEN:
+            self._send(_CLIENT_TO_SERVER, _Move.DATA)
 
     def send_eof(self) -> bytes:
         """End the outgoing direction; returns the binary message to send."""

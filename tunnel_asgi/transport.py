@@ -21,9 +21,8 @@ HIGH_WATER = 64 * 1024  # bytes not yet handed to the socket at which the protoc
 class Wire(Protocol):
     """What a transport needs of its WebSocket."""
 
-    @property
-    def writable(self) -> bool:
-        """Whether the socket takes more bytes without growing its buffer."""
+    writable: bool
+    """Whether the socket takes more bytes without growing its buffer."""
 
     @property
     def buffered(self) -> int:
@@ -312,9 +311,14 @@ class TunnelTransport(asyncio.Transport):
 
     def _next_message(self) -> bytes | memoryview:
         """Up to SLICE bytes: small writes joined, or a piece of a large one, which is not copied."""
+        if self._pending_size <= SLICE:
+            message = b"".join(self._pending)
+            self._pending.clear()
+            self._pending_size = 0
+            return message
         chunks: list[bytes | memoryview] = []
         room = SLICE
-        while self._pending and len(self._pending[0]) <= room:
+        while len(self._pending[0]) <= room:
             chunks.append(self._pending.popleft())
             room -= len(chunks[-1])
         if not chunks:
