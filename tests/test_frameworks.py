@@ -180,8 +180,6 @@ async def test_a_flask_app_needs_interface_wsgi_and_is_served_with_it(http: str)
         response = await client.post("/double", data={"n": "21"})
         assert response.text == f"https://{DOMAIN}/double 127.0.0.1 42"
         assert (await client.get("/double")).status_code == 405
-    middleware: Any = tunnel.server.config.loaded_app
-    middleware.executor.shutdown()  # its threads wait for the loop as long as there are requests
 
 
 # Django, whose settings are global: in a process of its own.

@@ -20,7 +20,6 @@ from typing import Any
 import httpx
 import pytest
 import uvloop
-from uvicorn.middleware.wsgi import _WSGIMiddleware
 from websockets.asyncio.client import ClientConnection
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
@@ -1450,21 +1449,13 @@ async def test_an_asgi2_app_is_served(app: Any) -> None:
         assert (await client.get("/")).text == "hello"
 
 
-@pytest.mark.parametrize("native", [False, True])
 @parsers
 @run_async
-async def test_a_wsgi_app_is_served_when_asked_for(native: bool, http: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if native:  # what uvicorn has without a2wsgi
-        monkeypatch.setattr("uvicorn.config.WSGIMiddleware", _WSGIMiddleware)
-        expectation: Any = pytest.warns(DeprecationWarning, match="native WSGI implementation is deprecated")
-    else:
-        expectation = contextlib.nullcontext()
-    with expectation:
-        async with served(wsgi, interface="wsgi", http=http) as site, site.client() as client:
-            response = await client.post("/", content=b"body" * 50_000)
+async def test_a_wsgi_app_is_served_when_asked_for(http: str) -> None:
+    async with served(wsgi, interface="wsgi", http=http) as site, site.client() as client:
+        response = await client.post("/", content=b"body" * 50_000)
     assert response.text == "wsgi POST " + "body" * 50_000
     assert response.headers["x-scheme"] == "https"
-    site.server.config.loaded_app.executor.shutdown()
 
 
 def test_parsers_and_loops_that_are_not_there_are_named(monkeypatch: pytest.MonkeyPatch) -> None:

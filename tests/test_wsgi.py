@@ -1,0 +1,207 @@
+"""WSGI apps through the relay: what streams, what is uploaded, what fails, and visitors who leave."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import Any
+
+import httpx
+import pytest
+from flask import Flask, request
+
+from tests.support import run_async, served, visiting
+from tunnel_asgi import wsgi
+from tunnel_asgi.errors import ConfigError
+from tunnel_asgi.server import Config
+
+Environ = dict[str, Any]
+StartResponse = Callable[[str, list[tuple[str, str]]], object]
+
+parsers = pytest.mark.parametrize("http", ["h11", "httptools"])
+PLAIN = [("Content-Type", "text/plain")]
+MIB = 1024 * 1024
+DEADLINE = 10.0  # seconds
+
+
+class Answer:
+    """An iterable that a test feeds, and whose end it awaits."""
+
+    def __init__(self, *, endless: bool = False) -> None:
+        self.go_on = threading.Event()
+        self.closed = threading.Event()
+        self._endless = endless
+
+    def __call__(self, environ: Environ, start_response: StartResponse) -> Answer:
+        start_response("200 OK", PLAIN)
+        return self
+
+    def __iter__(self) -> Iterator[bytes]:
+        yield b"first\n"
+        assert self.go_on.wait(DEADLINE)
+        yield b"second\n"
+        while self._endless:
+            yield b"more\n"
+
+    def close(self) -> None:
+        self.closed.set()
+
+
+async def happened(event: threading.Event) -> None:
+    assert await asyncio.to_thread(event.wait, DEADLINE)
+
+
+@parsers
+@run_async
+async def test_what_an_app_yields_arrives_piece_by_piece(http: str) -> None:
+    answer = Answer()
+    async with (
+        served(answer, interface="wsgi", http=http) as site,
+        site.client() as client,
+        client.stream("GET", "/") as response,
+    ):
+        lines = response.aiter_lines()
+        assert await anext(lines) == "first"
+        answer.go_on.set()
+        assert await anext(lines) == "second"
+        await happened(answer.closed)
+
+
+@parsers
+@run_async
+async def test_an_answer_without_end_ends_when_its_visitor_leaves(http: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wsgi, "THREADS", 1)  # a thread that is not given back would be missed
+    answer = Answer(endless=True)
+
+    def app(environ: Environ, start_response: StartResponse) -> Any:
+        if environ["PATH_INFO"] == "/endless":
+            return answer(environ, start_response)
+        start_response("200 OK", PLAIN)
+        return [b"next"]
+
+    async with served(app, interface="wsgi", http=http) as site, site.client() as client:
+        async with client.stream("GET", "/endless") as response:
+            assert await anext(response.aiter_lines()) == "first"
+        await site.relay.wait_until(lambda relay: not relay.held)
+        answer.go_on.set()
+        await happened(answer.closed)
+        assert (await client.get("/")).text == "next"
+
+
+@run_async
+async def test_an_answer_without_end_does_not_keep_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    answer = Answer(endless=True)
+    answer.go_on.set()
+    async with served(answer, interface="wsgi", timeout_graceful_shutdown=0) as site, site.client() as client:
+        async with client.stream("GET", "/") as response:
+            assert await anext(response.aiter_lines()) == "first"
+            site.server.should_exit = True
+            await site.task
+        await happened(answer.closed)
+
+
+@parsers
+@run_async
+async def test_flask_gets_uploads_with_and_without_their_length(http: str) -> None:
+    flask = Flask("uploads")
+
+    @flask.post("/raw")
+    def raw() -> str:
+        return str(len(request.get_data()))
+
+    @flask.post("/form")
+    def form() -> str:
+        file = request.files["file"]
+        return f"{file.filename} {len(file.read())} {request.form['note']}"
+
+    async def pieces() -> AsyncIterator[bytes]:
+        for _ in range(4):
+            yield bytes(MIB // 2)
+
+    async with served(flask, interface="wsgi", http=http) as site, site.client() as client:
+        assert (await client.post("/raw", content=bytes(2 * MIB))).text == f"{2 * MIB}"
+        assert (await client.post("/raw", content=pieces())).text == f"{2 * MIB}"
+        assert (await client.post("/raw")).text == "0"
+        files = {"file": ("large.bin", bytes(2 * MIB))}
+        assert (await client.post("/form", files=files, data={"note": "noted"})).text == f"large.bin {2 * MIB} noted"
+
+
+@run_async
+async def test_input_is_read_by_lines_by_limits_and_to_the_end() -> None:
+    def app(environ: Environ, start_response: StartResponse) -> list[bytes]:
+        start_response("200 OK", PLAIN)
+        body = environ["wsgi.input"]
+        read = [body.readline(4), body.readline(100), body.read(3), *body.readlines(), body.read(), body.read(1)]
+        return [repr(read).encode()]
+
+    async with served(app, interface="wsgi") as site, site.client() as client:
+        answer = await client.post("/", content=b"first line\nsecond\nthird\nend")
+        assert answer.text == str([b"firs", b"t line\n", b"sec", b"ond\n", b"third\n", b"end", b"", b""])
+        assert (await client.get("/")).text == str([b"", b"", b"", b"", b""])
+
+
+@parsers
+@run_async
+async def test_an_upload_cut_short_is_an_error_and_never_a_short_body(http: str) -> None:
+    caught: list[BaseException] = []
+    read = threading.Event()
+
+    def app(environ: Environ, start_response: StartResponse) -> list[bytes]:
+        try:
+            environ["wsgi.input"].read()
+        except OSError as error:
+            caught.append(error)
+        read.set()
+        start_response("400 Bad Request", PLAIN)
+        return []
+
+    async with served(app, interface="wsgi", http=http) as site:
+        async with visiting(site.relay) as visitor:
+            await visitor.send(b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n4\r\nhalf\r\n")
+        await happened(read)
+    [error] = caught
+    assert isinstance(error, ConnectionResetError)
+
+
+@parsers
+@run_async
+async def test_a_bug_is_a_500_before_the_answer_and_a_cut_within_it(http: str) -> None:
+    def app(environ: Environ, start_response: StartResponse) -> Iterator[bytes]:
+        if environ["PATH_INFO"] == "/before":
+            raise ValueError("a bug in the app")
+        start_response("200 OK", PLAIN)
+        yield b"half"
+        raise ValueError("a bug in the app")
+
+    async with served(app, interface="wsgi", http=http) as site, site.client() as client:
+        assert (await client.get("/before")).status_code == 500
+        with pytest.raises(httpx.RemoteProtocolError):
+            await client.get("/within")
+        assert (await client.get("/before")).status_code == 500
+
+
+@run_async
+async def test_the_environment_tells_the_public_truth_and_errors_go_to_stderr(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def app(environ: Environ, start_response: StartResponse) -> list[bytes]:
+        print("an error", file=environ["wsgi.errors"])
+        start_response("200 OK", PLAIN)
+        names = ("wsgi.url_scheme", "SERVER_NAME", "SERVER_PORT", "REMOTE_ADDR", "REQUEST_METHOD")
+        return [" ".join(environ[name] for name in names).encode()]
+
+    options = {"interface": "wsgi", "proxy_headers": True, "log_level": "trace"}  # each of which wraps the app
+    async with served(app, **options) as site, site.client() as client:
+        assert (await client.get("/")).text == "https www-app-acme.t00.smallware.io 443 127.0.0.1 GET"
+        head = await client.head("/")
+        assert (head.status_code, head.content) == (200, b"")
+    assert capsys.readouterr().err.count("an error") == 2
+
+
+def test_the_adapter_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "a2wsgi", None)
+    monkeypatch.delitem(sys.modules, "tunnel_asgi.wsgi")
+    with pytest.raises(ConfigError, match=r"^a WSGI app needs a2wsgi: pip install 'tunnel-asgi\[wsgi\]'$"):
+        Config(Answer(), interface="wsgi", local=True, log_config=None).load()
