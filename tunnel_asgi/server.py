@@ -288,9 +288,10 @@ def _wsgi_wrapper() -> Callable[[Any], Any]:
 
 def _rewrapped(app: Any, wrap_wsgi: Callable[[Any], Any]) -> Any:
     """The app with our adapter for WSGI where uvicorn put its own, inside of all it put around it."""
-    if isinstance(app, _wsgi_middleware()):
-        return wrap_wsgi(app.app)
-    app.app = _rewrapped(app.app, wrap_wsgi)
+    inner = app.app
+    if type(app) is _wsgi_middleware():
+        return wrap_wsgi(inner)
+    app.app = _rewrapped(inner, wrap_wsgi)
     return app
 
 
