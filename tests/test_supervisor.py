@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,6 +29,8 @@ from tunnel_asgi.auth import AccessKey
 from tunnel_asgi.errors import ConfigError
 from tunnel_asgi.local import LocalRelay
 from tunnel_asgi.server import Config
+from tunnel_asgi.supervisor import Supervisor
+from tunnel_asgi.worker import READY
 
 APP = """
 import asyncio
@@ -638,6 +641,52 @@ def test_a_change_while_a_worker_still_starts_replaces_that_one(folder: Path, ga
         for name in visitors.answers:
             assert set(visitors.versions(name)) == {"one", "three"}
         assert app.stop() == 0
+
+
+STUCK = """
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+say(f"importing {os.getpid()}")
+open("gate").read()
+"""
+
+
+def test_however_fast_changes_come_one_generation_starts_and_one_at_most_is_told_to_go(
+    folder: Path, gate: Callable[[], None]
+) -> None:
+    with serve(folder, "--reload") as app:
+        port = port_of(app)
+        starting: list[int] = []
+        for n in range(4):
+            edit(folder, f"v{n}", also=STUCK)
+            starting.append(int(app.expect(r"importing (\d+)")[1]))
+            for earlier in starting[:-2]:
+                wait_gone(earlier)
+        assert ask(port).startswith("one")
+        edit(folder, "last")
+        ask_until(port, lambda answer: answer.startswith("last"))
+        assert app.stop() == 0, "it waited for a worker that serves nobody"
+        assert not any(map(is_alive, starting))
+        assert "did not leave in time" not in app.output
+
+
+def test_a_worker_that_was_told_to_go_just_as_it_was_ready_is_not_killed(tmp_path: Path) -> None:
+    class Told(list[str]):
+        process = SimpleNamespace(pid=1, kill=lambda: pytest.fail("a visitor may be there"))
+
+        def retire(self, grace: float) -> None:
+            self.append("retire")
+
+        def answered(self) -> None: ...
+
+    parent: Any = Supervisor(Config("main:app", local=True, log_config=None))
+    parent._spawn = lambda number: None
+    parent._starting = [worker := Told()]
+    with parent._bell:
+        parent._replace_all()
+        parent._heard(worker, READY)
+        parent._replace_all()
+    assert worker == ["retire"]
+    assert parent._leaving == [worker]
 
 
 def test_a_crashed_worker_is_started_again_under_reload(folder: Path) -> None:

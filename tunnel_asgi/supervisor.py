@@ -90,6 +90,7 @@ class Supervisor:
         self._serving: list[Worker] = []  # in the order in which they will retire
         self._starting: list[Worker] = []
         self._leaving: list[Worker] = []
+        self._superseded: list[Worker] = []  # those of the leaving that were told to while they started
         self._count = 1 if config.should_reload else config.workers
         self._patience = 0.0 if config.should_reload else config.timeout_worker_healthcheck
         self._announced = False
@@ -149,6 +150,8 @@ class Supervisor:
         worker.answered()
         if message == READY and worker in self._starting:
             self._became_ready(worker)
+        elif message == READY and worker in self._superseded:
+            self._superseded.remove(worker)  # it may have visitors by now, and finishes with them
         elif message == WORN_OUT and worker in self._serving:
             logger.info("Worker [%s] has served its share of requests, starting another one", worker.process.pid)
             worker.worn_out = True
@@ -168,6 +171,7 @@ class Supervisor:
         worker.close()
         if worker in self._leaving:
             self._leaving.remove(worker)
+            self._superseded = [one for one in self._superseded if one is not worker]
         elif worker in self._serving:
             self._serving.remove(worker)
             logger.warning("Worker [%s] %s", worker.process.pid, worker.epitaph("ended"))
@@ -194,10 +198,17 @@ class Supervisor:
     # What is done about it.
 
     def _replace_all(self) -> None:
+        self._kill_superseded()
         for worker in self._starting:
             self._retire(worker)
-        self._starting = []
+        self._superseded, self._starting = self._starting, []
         self._spawn(self._count)
+
+    def _kill_superseded(self) -> None:
+        """However fast the changes come, only one generation is still importing the app after it was told to go."""
+        for worker in self._superseded:
+            worker.process.kill()
+        self._superseded = []
 
     def _spawn(self, number: int) -> None:
         for _ in range(number):
@@ -260,6 +271,7 @@ class Supervisor:
         """Let every worker drain; a second signal forces them."""
         self._leaving += [*self._serving, *self._starting]
         self._serving, self._starting = [], []
+        self._kill_superseded()
         for worker in self._leaving:
             worker.stop(self._grace())
         forced = False
