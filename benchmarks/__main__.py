@@ -3,30 +3,33 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import datetime
 from pathlib import Path
 
 import uvloop
 
 from benchmarks.contenders import CONTENDERS, STACKS
+from benchmarks.figures import FIGURES, measure_figure
 from benchmarks.loads import LOADS
 from benchmarks.machine import describe
 from benchmarks.measuring import Pace, measure_stack
-from benchmarks.report import text_table
+from benchmarks.report import text_report
 from benchmarks.results import Results
 
-FULL = Pace(rounds=5, warm_up=0.3, window=0.8)
-QUICK = Pace(rounds=3, warm_up=0.2, window=0.3)
+FULL = Pace(rounds=5, warm_up=0.3, window=0.8, idle=10)
+QUICK = Pace(rounds=3, warm_up=0.2, window=0.3, idle=0.5)
 
 
 def main() -> None:
     """Measure, print, save."""
     options = parse_arguments()
     pace = QUICK if options.quick else FULL
-    pace = Pace(options.rounds or pace.rounds, pace.warm_up, pace.window)
+    if options.rounds is not None:
+        pace = dataclasses.replace(pace, rounds=options.rounds)
     results = Results(datetime.date.today().isoformat(), describe(), pace.rounds)
     uvloop.run(measure(options, pace, results))
-    print(text_table(results))
+    print(text_report(results))
     if options.json is not None:
         results.save(options.json)
 
@@ -37,6 +40,9 @@ async def measure(options: argparse.Namespace, pace: Pace, results: Results) -> 
     if loads:
         for name in options.stack:
             await measure_stack(STACKS[name], loads, options.contender, pace, results)
+    for name in options.only:
+        if name in FIGURES:
+            await measure_figure(name, pace, results)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -45,7 +51,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="short windows, few rounds: to see that it works")
     parser.add_argument("--rounds", type=int, help=f"{FULL.rounds} by default, {QUICK.rounds} with --quick")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what was measured")
-    for option, known in (("--only", LOADS), ("--stack", STACKS), ("--contender", CONTENDERS)):
+    for option, known in (("--only", [*LOADS, *FIGURES]), ("--stack", STACKS), ("--contender", CONTENDERS)):
         names = list(known)
         parser.add_argument(option, nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
     return parser.parse_args()

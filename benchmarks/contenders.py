@@ -16,6 +16,7 @@ from benchmarks.entrances import Entrance, PortEntrance, TunnelEntrance
 
 DOMAIN = "www-bench-local.t00.localhost"
 SECRET = "a secret for measurements only 0123456789"
+KEY_ID = "bench"
 APP = "benchmarks.app:app"
 START_TIMEOUT = 30.0  # seconds
 STOP_TIMEOUT = 15.0  # seconds; a graceful shutdown takes up to 10
@@ -76,7 +77,7 @@ async def child(module: str, *arguments: str, ready: bytes) -> AsyncIterator[Chi
         *("-m", module, *arguments),
         stdin=asyncio.subprocess.DEVNULL,
         stderr=asyncio.subprocess.PIPE,
-        env=os.environ | {"SMALLWARE_KEY": SECRET},
+        env=os.environ | {"SMALLWARE_KEY": SECRET, "SMALLWARE_KEY_ID": KEY_ID},
         cwd=Path(__file__).parent.parent,
     )
     running = Child(process.pid)
@@ -118,9 +119,8 @@ async def _stop(process: asyncio.subprocess.Process) -> None:
 @asynccontextmanager
 async def serve_port(stack: Stack) -> AsyncIterator[Running]:
     """uvicorn on a port."""
-    async with child("uvicorn", APP, *stack.options, "--port", "0", ready=rb"running on http://[^:]+:(\d+)") as server:
-        assert server.match is not None
-        yield Running(PortEntrance(int(server.match[1])), [server.pid])
+    async with _uvicorn(stack) as (server, port):
+        yield Running(PortEntrance(port), [server.pid])
 
 
 @asynccontextmanager
@@ -128,8 +128,9 @@ async def serve_tunnel(stack: Stack, *, standby: int = 4, upgrade_delay: float =
     """tunnel-asgi through a tunnel."""
     async with AsyncExitStack() as closing:
         entrance = await closing.enter_async_context(TunnelEntrance(upgrade_delay=upgrade_delay))
-        arguments = [APP, *stack.options, *tunnel_options(entrance), "--domain", DOMAIN, "--standby", str(standby)]
-        server = await closing.enter_async_context(child("tunnel_asgi", *arguments, ready=rb"Serving at"))
+        tunnel = ["--domain", DOMAIN, "--server", entrance.url, "--standby", str(standby)]
+        serving = child("tunnel_asgi", APP, *stack.options, *tunnel, ready=rb"Serving at")
+        server = await closing.enter_async_context(serving)
         await entrance.wait_for_waiting(standby)
         yield Running(entrance, [server.pid])
 
@@ -139,19 +140,31 @@ async def serve_forward(stack: Stack) -> AsyncIterator[Running]:
     """uvicorn on a port, and smallware-tunnel forwarding to it."""
     async with AsyncExitStack() as closing:
         entrance = await closing.enter_async_context(TunnelEntrance())
-        uvicorn = child("uvicorn", APP, *stack.options, "--port", "0", ready=rb"running on http://[^:]+:(\d+)")
-        server = await closing.enter_async_context(uvicorn)
-        assert server.match is not None
-        arguments = [DOMAIN, server.match[1].decode(), *tunnel_options(entrance)]
+        server, port = await closing.enter_async_context(_uvicorn(stack))
+        arguments = [DOMAIN, str(port), "--server", entrance.url]
         forwarder = child("benchmarks.smallware_tunnel", *arguments, ready=rb"Forwarding")
         client = await closing.enter_async_context(forwarder)
         await entrance.wait_for_waiting(4)
         yield Running(entrance, [server.pid, client.pid])
 
 
-def tunnel_options(entrance: TunnelEntrance) -> list[str]:
-    """What both commands of a tunnel client need."""
-    return ["--key-id", "bench", "--server", entrance.url]
+@asynccontextmanager
+async def serve_one_accept(stack: Stack, *, upgrade_delay: float) -> AsyncIterator[Running]:
+    """uvicorn on a port, and a forwarder that keeps one WebSocket waiting, as the published client does."""
+    async with AsyncExitStack() as closing:
+        entrance = await closing.enter_async_context(TunnelEntrance(upgrade_delay=upgrade_delay))
+        server, port = await closing.enter_async_context(_uvicorn(stack))
+        forwarder = child("benchmarks.one_accept", DOMAIN, str(port), entrance.url, ready=rb"Forwarding")
+        client = await closing.enter_async_context(forwarder)
+        await entrance.wait_for_waiting(1)
+        yield Running(entrance, [server.pid, client.pid])
+
+
+@asynccontextmanager
+async def _uvicorn(stack: Stack) -> AsyncIterator[tuple[Child, int]]:
+    async with child("uvicorn", APP, *stack.options, "--port", "0", ready=rb"running on http://[^:]+:(\d+)") as server:
+        assert server.match is not None
+        yield server, int(server.match[1])
 
 
 CONTENDERS: dict[str, Callable[[Stack], AbstractAsyncContextManager[Running]]] = {

@@ -221,6 +221,8 @@ class _TunnelLine(asyncio.Protocol):
         return rest
 
     def _upgrade(self, key: bytes) -> None:
+        if self._transport.is_closing():
+            return  # the client went while its dial was on the way
         accept = b64encode(sha1(key + _MAGIC, usedforsecurity=False).digest())
         self._transport.write(
             b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"

@@ -14,7 +14,7 @@ from benchmarks.visitors import Audience, Chatter, Exchange, Guest, Meter, Newco
 CONNECTIONS = 16
 SUBSCRIBERS = 100
 
-_GET = Exchange.of("GET", "/", HELLO)
+GET = Exchange.of("GET", "/", HELLO)
 _GET_AND_CLOSE = Exchange.of("GET", "/", HELLO, close=True)
 _DOWNLOAD = Exchange.of("GET", DOWNLOAD, BODY)
 _SUBSCRIBE = Exchange.of("GET", EVENTS, b"")
@@ -53,7 +53,7 @@ def _uploading(size: int) -> MakeGuest:
 
 
 _LOADS = (
-    Load("get", "small GET, keep-alive", "request", _meeting(Regular, _GET)),
+    Load("get", "small GET, keep-alive", "request", _meeting(Regular, GET)),
     Load("connect", "small GET, a new connection each", "request", _meeting(Newcomer, _GET_AND_CLOSE)),
     Load("visit", "a connection without a request", "connection", _meeting(Passer)),
     Load("post", "POST 64 KiB", "request", _uploading(64 * 1024)),

@@ -22,11 +22,13 @@ LIMIT = 30.0  # seconds for beginning and for ending a load, far beyond any good
 
 @dataclass(frozen=True)
 class Pace:
-    """How long and how often."""
+    """How long, in seconds, and how often."""
 
     rounds: int
     warm_up: float
     window: float
+    idle: float
+    """Seconds of one look at an idle process."""
 
 
 async def measure_stack(
@@ -86,11 +88,12 @@ def failing_loudly(meter: Meter) -> Iterator[None]:
     def fail(_: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         meter.fail(context.get("exception") or Wrong(context["message"]))
 
+    before = loop.get_exception_handler()
     loop.set_exception_handler(fail)
     try:
         yield
     finally:
-        loop.set_exception_handler(None)
+        loop.set_exception_handler(before)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from enum import StrEnum
 from pathlib import Path
 from typing import Self
 
@@ -32,6 +33,20 @@ class Sample:
         return self.cpu_seconds / self.operations * 1e6
 
 
+class Figure(StrEnum):
+    """What is measured and is no load."""
+
+    BURST_TUNNEL = "last first byte of 50 visitors, tunnel, ms"
+    BURST_ONE_ACCEPT = "last first byte of 50 visitors, one pending accept, ms"
+    VISITOR_PORT = "memory of a visitor connection, port, KiB"
+    VISITOR_TUNNEL = "memory of a visitor connection, tunnel, KiB"
+    WAITING = "memory of a waiting WebSocket, KiB"
+    START_PORT = "start-up to the first byte, uvicorn, ms"
+    START_TUNNEL = "start-up to the first byte, tunnel-asgi --local, ms"
+    IDLE_PORT = "CPU when idle, port, % of a core"
+    IDLE_TUNNEL = "CPU when idle, tunnel with 8 waiting WebSockets, % of a core"
+
+
 @dataclass
 class Results:
     """One run."""
@@ -45,6 +60,10 @@ class Results:
     failures: list[str] = field(default_factory=list)
     """What could not be measured, and why."""
 
+    def note(self, name: Figure, value: float) -> None:
+        """Add a value to a figure."""
+        self.figures.setdefault(name, []).append(value)
+
     def costs(self, stack: str, load: str, contender: str) -> list[float]:
         """CPU microseconds of one operation in each round."""
         return [
@@ -55,7 +74,7 @@ class Results:
 
     def ratios(self, stack: str, load: str, contender: str, yardstick: str) -> list[float]:
         """What one contender costs of the other, in each round that has both."""
-        costs = {(sample.contender, sample.round): sample.cost for sample in self._of(stack, load)}
+        costs = {(sample.contender, sample.round): sample.cost for sample in self.of(stack, load)}
         rounds = [number for name, number in costs if name == contender and (yardstick, number) in costs]
         return [costs[contender, number] / costs[yardstick, number] for number in rounds]
 
@@ -68,7 +87,8 @@ class Results:
         samples = [Sample(**sample) for sample in content.pop("samples")]
         return cls(**content, samples=samples)
 
-    def _of(self, stack: str, load: str) -> list[Sample]:
+    def of(self, stack: str, load: str) -> list[Sample]:
+        """The samples of all contenders."""
         return [sample for sample in self.samples if (sample.stack, sample.load) == (stack, load)]
 
 

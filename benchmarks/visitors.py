@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from dataclasses import dataclass
 
 from benchmarks.entrances import Entrance, Line, Wrong
@@ -298,3 +299,51 @@ class Publisher(Guest):
 
     def answered(self) -> None:
         self._audience.heard()
+
+
+class Crowd:
+    """Visitors who all come at once, ask one thing each and stay. ``complete`` is done when all have their answer."""
+
+    def __init__(self, meter: Meter, entrance: Entrance, size: int, exchange: Exchange) -> None:
+        self.complete: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.first_bytes: list[float] = []
+        """Seconds until each visitor's answer began."""
+        self._came = time.perf_counter()
+        self._unserved = size
+        self._stayers = [Stayer(meter, entrance, self, exchange) for _ in range(size)]
+        for stayer in self._stayers:
+            entrance.admit(stayer)
+
+    def answer_began(self) -> None:
+        self.first_bytes.append(time.perf_counter() - self._came)
+
+    def served(self) -> None:
+        """One more has its answer."""
+        self._unserved -= 1
+        if not self._unserved:
+            self.complete.set_result(None)
+
+    def leave(self) -> None:
+        """Let all of them go."""
+        for stayer in self._stayers:
+            stayer.leave()
+
+
+class Stayer(Guest):
+    """Asks one thing and stays."""
+
+    def __init__(self, meter: Meter, entrance: Entrance, crowd: Crowd, exchange: Exchange) -> None:
+        super().__init__(meter, entrance)
+        self._crowd = crowd
+        self._exchange = exchange
+
+    def begin(self) -> None:
+        self.expect(self._exchange.answer, head=True)
+        self._line.write(self._exchange.request)
+
+    def read_head(self, head: bytes) -> None:
+        super().read_head(head)
+        self._crowd.answer_began()
+
+    def answered(self) -> None:
+        self._crowd.served()
