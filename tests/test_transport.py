@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tests.fakes import Recorder, settle, watch_unhandled
 from tests.support import run_async
-from tunnel_asgi.transport import HELD_LIMIT, HIGH_WATER, SLICE, TunnelTransport
+from tunnel_asgi.transport import HELD_LIMIT, HIGH_WATER, READ_SIZE, SLICE, TunnelTransport
 
 
 class FakeWire:
@@ -615,6 +615,32 @@ async def test_the_wire_is_paused_only_when_much_is_held_and_resumed_when_all_is
     assert len(stage.recorder.data) == HELD_LIMIT + 2
     stage.transport.abort()
     await stage.lost()
+
+
+@run_async
+async def test_a_large_message_is_delivered_in_pieces_and_a_pause_between_two_of_them_is_heeded() -> None:
+    stage = Stage()
+    data = bytes(range(256)) * (2 * READ_SIZE // 256) + b"rest"
+    sizes: list[int] = []
+
+    def pause(data: bytes) -> None:
+        sizes.append(len(data))
+        stage.transport.pause_reading()
+
+    stage.recorder.on["data"] = pause
+    stage.transport.feed_data(data)
+    stage.transport.feed_eof()
+    for n in range(1, 3):
+        await settle()
+        assert sizes == [READ_SIZE] * n
+        assert stage.wire.calls == ["pause"]
+        stage.transport.resume_reading()
+    await settle()
+    assert sizes == [READ_SIZE, READ_SIZE, 4]
+    assert stage.recorder.data == data
+    stage.transport.resume_reading()
+    await stage.lost()
+    assert stage.wire.calls[:2] == ["pause", "resume"]
 
 
 @run_async

@@ -14,6 +14,7 @@ from typing import Any, Protocol, cast
 __all__ = ["TunnelTransport", "Wire"]
 
 SLICE = 32 * 1024  # bytes in one outgoing message; megabyte buffers cost page faults, see DESIGN 3
+READ_SIZE = 256 * 1024  # bytes handed to the protocol at once, as many as asyncio reads; a message may be far larger
 HELD_LIMIT = 64 * 1024  # bytes held for a paused protocol before the socket itself is paused
 HIGH_WATER = 64 * 1024  # bytes not yet handed to the socket at which the protocol is paused, as in asyncio
 
@@ -104,10 +105,13 @@ class TunnelTransport(asyncio.Transport):
             return
         if self._reading_paused or self._held:
             self._hold(data)
-            return
-        self._deliver(data)
-        if self._held:  # more than a BufferedProtocol took at once
+        elif len(data) > READ_SIZE:
+            self._hold(data)
             self._deliver_held()
+        else:
+            self._deliver(data)
+            if self._held:  # more than a BufferedProtocol took at once
+                self._deliver_held()
 
     def feed_eof(self) -> None:
         """The visitor ended its direction."""
@@ -272,6 +276,9 @@ class TunnelTransport(asyncio.Transport):
         self._resume_scheduled = False
         while self._held and not self._reading_paused:
             data = self._held.popleft()
+            if len(data) > READ_SIZE:
+                self._held.appendleft(memoryview(data)[READ_SIZE:])
+                data = memoryview(data)[:READ_SIZE]
             self._held_size -= len(data)
             self._deliver(data)
         if self._held or self._reading_paused:
