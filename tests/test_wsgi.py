@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -182,6 +183,17 @@ async def test_a_bug_is_a_500_before_the_answer_and_a_cut_within_it(http: str) -
         assert (await client.get("/before")).status_code == 500
 
 
+@pytest.fixture
+def log_levels() -> Iterator[None]:
+    """Restored: they are the process's."""
+    loggers = [logging.getLogger(name) for name in ("uvicorn.error", "uvicorn.access", "uvicorn.asgi", "tunnel_asgi")]
+    levels = [logger.level for logger in loggers]
+    yield
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)
+
+
+@pytest.mark.usefixtures("log_levels")
 @run_async
 async def test_the_environment_tells_the_public_truth_and_errors_go_to_stderr(
     capsys: pytest.CaptureFixture[str],
