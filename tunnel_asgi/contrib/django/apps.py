@@ -7,7 +7,7 @@ from django.apps import AppConfig
 __all__ = ["TunnelAsgiConfig"]
 
 
-class TunnelAsgiConfig(AppConfig):  # type: ignore[misc]  # Django has no types
+class TunnelAsgiConfig(AppConfig):
     """Named here, because the last part of the package's name says nothing."""
 
     name = "tunnel_asgi.contrib.django"

@@ -21,7 +21,7 @@ Share the URL only with people you trust, or set DEBUG = False.
 """
 
 
-class Command(BaseCommand):  # type: ignore[misc]  # Django has no types
+class Command(BaseCommand):
     """Serves this project through a tunnel. No port is opened."""
 
     help = (
