@@ -76,22 +76,20 @@ class Share:
         self._current = self._load(config.app)
         self._server = _GuestServer(self._current, self._answer, on_started=self._on_started)
         self._serving: asyncio.Task[None] | None = None
-        self._started: asyncio.Event = asyncio.Event()
+        self._started: asyncio.Future[None] | None = None
         self._retiring: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> Self:
         if self._serving is not None:
             raise RuntimeError("this was opened before: call share() again")
+        self._started = asyncio.get_running_loop().create_future()
         self._serving = asyncio.create_task(self._server.serve())
-        starting = asyncio.create_task(self._started.wait())
         try:
-            await asyncio.wait({self._serving, starting}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({self._serving, self._started}, return_when=asyncio.FIRST_COMPLETED)
         except asyncio.CancelledError:
             self._serving.cancel()
             await asyncio.gather(self._serving, return_exceptions=True)
             raise
-        finally:
-            starting.cancel()
         if self._serving.done():
             self._serving.result()
             raise ListenerClosed("the tunnel was closed while it started")
@@ -190,12 +188,12 @@ class Share:
     def _on_started(self) -> None:
         self.url = str(self._server.config.public_url)
         self.ca_path = self._server.config.ca_path
-        self._started.set()
+        assert self._started is not None
+        self._started.set_result(None)
 
     def _is_open(self) -> bool:
-        return self._started.is_set() and not (
-            self._server.should_exit or self._serving is None or self._serving.done()
-        )
+        serving = self._serving is not None and not self._serving.done()
+        return serving and bool(self.url) and not self._server.should_exit
 
     def _check_open(self) -> None:
         if not self._is_open():
@@ -320,6 +318,7 @@ class ThreadShare:
         """As ``Share.close``; then the thread ends. Idempotent."""
         if not self._thread.is_alive():
             return
+        self._check_thread()
         try:
             self._call(self._share.close)
         finally:
@@ -343,8 +342,7 @@ class ThreadShare:
 
     def _call(self, method: Callable[P, Coroutine[Any, Any, T]], *args: P.args, **kwargs: P.kwargs) -> T:
         """Run it in the thread's loop. An interrupt here cancels it there."""
-        if threading.current_thread() is self._thread:
-            raise RuntimeError("this would wait for itself: call it from another thread than the app's")
+        self._check_thread()
         if not self._thread.is_alive():
             raise ListenerClosed("the tunnel is closed")
         future = asyncio.run_coroutine_threadsafe(method(*args, **kwargs), self._loop)
@@ -353,3 +351,7 @@ class ThreadShare:
         except BaseException:
             future.cancel()
             raise
+
+    def _check_thread(self) -> None:
+        if threading.current_thread() is self._thread:
+            raise RuntimeError("this would wait for itself: call it from another thread than the app's")
