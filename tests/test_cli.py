@@ -212,6 +212,7 @@ def invoke(*arguments: str, **env: str) -> str:
         (["--timeout-first-byte", "1.5"], {"timeout_first_byte": 1.5}),
         (["--timeout-request-head", "2"], {"timeout_request_head": 2.0}),
         (["--timeout-request-body", "0"], {"timeout_request_body": 0.0}),
+        (["--timeout-write", "0"], {"timeout_write": 0.0}),
         (["--limit-body", "1000"], {"limit_body": 1000}),
         ([], {"http": "h11", "proxy_headers": False, "timeout_graceful_shutdown": 10, "use_colors": None}),
         (["--http", "httptools", "--proxy-headers"], {"http": "httptools", "proxy_headers": True}),

@@ -4,6 +4,7 @@ import asyncio
 import email.utils
 import itertools
 import logging
+import re
 import socket
 import time
 import traceback
@@ -37,7 +38,7 @@ from tests.support import DOMAIN, KEYS, SECRET, make_tls_contexts, run_async, vi
 from tunnel_asgi import connection as connection_module
 from tunnel_asgi.auth import JwtManager
 from tunnel_asgi.config import TunnelConfig
-from tunnel_asgi.connection import CLOSE_TIMEOUT, WRITE_LIMIT, TunnelConnection, dial
+from tunnel_asgi.connection import CLOSE_TIMEOUT, LAST_BYTES, WRITE_LIMIT, TunnelConnection, dial
 from tunnel_asgi.errors import (
     AuthenticationFailed,
     BadRequest,
@@ -390,6 +391,40 @@ async def test_a_close_without_a_code_or_with_a_silly_one_is_survived() -> None:
     await line.close()
 
 
+@pytest.mark.parametrize(
+    ("reason", "shown"),
+    [
+        (b"going\r\nINFO: a forged line\x1b[2J", "goingINFO: a forged line[2J"),
+        (b"x" * 120, "x" * 40),
+        (b"no eyJhbGciOiJIUzI1NiJ9.eyJpc3MiOiJjdXN0b21lciJ9.c2ln for you", "no *** for you"),
+    ],
+)
+@run_async
+async def test_the_reason_of_a_close_is_one_short_line_without_a_token(reason: bytes, shown: str) -> None:
+    line = await Line.open()
+    line.send(Frame(Opcode.CLOSE, Close(1008, "").serialize() + reason))
+    error = str(line.owner.error)
+    assert shown in error
+    assert error.isprintable()
+    assert len(error) < 100
+    assert "eyJ" not in error
+    await line.close()
+
+
+@run_async
+async def test_a_visitor_without_an_id_gets_one_for_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG, "tunnel_asgi")
+    line = await Line.open()
+    for _ in range(2):
+        line.send("CONNECT: 203.0.113.7", EOF)
+    await settle()
+    labels = [record.getMessage().partition(" ")[0] for record in caplog.records if "connected" in record.getMessage()]
+    assert all(re.fullmatch(r"\[#\d+\]", label) for label in labels)
+    assert len(set(labels)) == 2
+    assert line.owner.visitors[0].connection_id is None, "what the server did not say is not made up for the app"
+    await line.close()
+
+
 @pytest.mark.parametrize("end", [EOF, "DROP: it left"])
 @run_async
 async def test_a_visitors_end_and_a_close_in_one_segment_recycle_nothing(end: Any) -> None:
@@ -452,6 +487,21 @@ async def test_a_cut_in_the_middle_of_a_frame_is_a_cut() -> None:
     await settle()
     assert line.visitor().data == b""
     assert isinstance(line.visitor().events[-1], ConnectionResetError)
+
+
+@pytest.mark.parametrize("size", [1, 65536])
+@run_async
+async def test_a_flood_after_the_end_is_not_read_to_its_end(size: int) -> None:
+    line = await Line.open()
+    line.connection.close(1000)
+    flood = b"\x82\x7f" + (2**32).to_bytes(8) + b"x" * size  # a frame that goes on for ever
+    for _ in range(LAST_BYTES // len(flood)):
+        line.deliver(flood)
+    cut = [line.socket.aborted]  # the server's close frame may still come
+    line.deliver(flood)
+    assert [*cut, line.socket.aborted] == [False, True]
+    assert line.owner.error is None
+    await line.close()
 
 
 @run_virtual
@@ -773,6 +823,34 @@ async def test_a_send_is_given_another_chance_after_we_were_stuck_ourselves() ->
     assert line.state() == "waiting"
     await asyncio.sleep(10)
     assert line.state() == "closed"
+
+
+@run_virtual
+async def test_a_visitor_who_does_not_read_is_not_mistaken_for_a_dead_server() -> None:
+    line = await Line.open(write_timeout=600, ping_interval=20, ping_timeout=20)
+    line.send(CONNECT)
+    await asyncio.sleep(20.5)
+    assert line.received() == [Opcode.PING]
+    line.pause()  # before its pong came: the server is busy with what the visitor does not take
+    await asyncio.sleep(500)
+    assert line.state() == "open"
+    assert line.received() == []
+    line.resume()
+    await asyncio.sleep(19)
+    assert line.state() == "open"
+    await line.visitor().lost.wait()
+    assert "silent" in str(line.owner.error)
+
+
+@run_virtual
+async def test_a_write_timeout_of_zero_lets_a_visitor_read_nothing_for_ever() -> None:
+    line = await Line.open(write_timeout=0)
+    line.send(CONNECT)
+    line.pause()
+    await asyncio.sleep(24 * 3600)
+    assert line.state() == "open"
+    line.resume()
+    await line.close()
 
 
 @run_virtual

@@ -12,6 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from tunnel_asgi.errors import LocalProtocolError, ProtocolError
 from tunnel_asgi.protocol import (
     EOF,
+    MAX_LOGGED,
     RESET,
     ClientSide,
     Connected,
@@ -22,6 +23,7 @@ from tunnel_asgi.protocol import (
     Event,
     Recycled,
     ServerSide,
+    printable,
 )
 
 IDLE, OPEN, DONE = Direction.IDLE, Direction.OPEN, Direction.DONE
@@ -286,6 +288,42 @@ def test_a_connect_is_read_for_what_can_be_known(message: str, expected: Connect
     side = ClientSide()
     assert side.receive_text(message) == expected
     assert_in(side, "open")
+
+
+TOKEN = "eyJhbGciOiJIUzI1NiIsImtpZCI6ImsifQ.eyJpc3MiOiJjdXN0b21lciIsInN1YiI6ImFjbWUifQ.Zm9y_Z2Vk-c2ln"
+
+
+@pytest.mark.parametrize(
+    ("said", "shown"),
+    [
+        ("7f3a", "7f3a"),
+        ("  two words\t", "two words"),
+        ("a\r\nb\x00c\x1b[31md\u2028e\u202ef", "abc[31mdef"),
+        ("x" * 1000, "x" * MAX_LOGGED),
+        (TOKEN, "***"),
+        (f"Bearer {TOKEN}, {TOKEN}!", "Bearer ***, ***!"),
+        (f"key{TOKEN}", "key***"),
+        (TOKEN[:20], "***"),
+        (TOKEN.replace(".", ".\n"), "***"),
+        ("a" * (MAX_LOGGED - 10) + TOKEN, "a" * (MAX_LOGGED - 10) + "***"),
+        ("key", "key"),
+    ],
+)
+def test_what_the_peer_says_is_logged_as_one_short_line_without_the_token(said: str, shown: str) -> None:
+    assert printable(said) == shown
+    assert ClientSide().receive_text(f"CONNECT: 203.0.113.7, {said}") in (
+        Connected("203.0.113.7", shown),
+        Connected("203.0.113.7", printable(said.partition(",")[0])),
+    )
+    assert client_in("open").receive_text(f"DROP: {said}") == Dropped(shown)
+
+
+@given(st.text(), st.text())
+def test_no_part_of_a_token_is_ever_shown_by_what_stands_around_it(before: str, after: str) -> None:
+    shown = printable(f"{before}{TOKEN}{after}")
+    assert not any(part in shown for part in TOKEN.split("."))
+    assert len(shown) <= MAX_LOGGED
+    assert shown.isprintable()
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from click.core import ParameterSource
 from uvicorn.config import STARTUP_FAILURE
 from uvicorn.main import main as uvicorn_command
 
-from tunnel_asgi.config import DEFAULT_SERVER_URL
+from tunnel_asgi.config import DEFAULT_SERVER_URL, TunnelConfig
 from tunnel_asgi.errors import TunnelError
 from tunnel_asgi.guard import Timeouts
 from tunnel_asgi.pool import STANDBY
@@ -166,6 +166,14 @@ def _fail(message: object, code: int) -> NoReturn:
     default=Timeouts.body,
     show_default=True,
     help="Time a visitor may pause within a request body.",
+)
+@click.option(
+    "--timeout-write",
+    type=click.FloatRange(0),
+    metavar="SECONDS",
+    default=TunnelConfig.write_timeout,
+    show_default=True,
+    help="Time a visitor may read nothing of an answer that waits for it.",
 )
 @click.option(
     "--limit-body",

@@ -62,7 +62,7 @@ class TunnelConfig:
     ping_timeout: float = field(kw_only=True, default=20.0)
     """Further silence before it is taken for dead: 40 s in all."""
     write_timeout: float = field(kw_only=True, default=60.0)
-    """A send without progress for this long ends the WebSocket [S]."""
+    """A send without progress for this long ends the WebSocket: mostly its visitor reads nothing [S]. 0: never."""
     drain_timeout: float = field(kw_only=True, default=30.0)
     """From our EOF to the visitor's; past it the WebSocket is closed instead of recycled."""
     drain_limit: int = field(kw_only=True, default=1024 * 1024)
@@ -88,10 +88,10 @@ class TunnelConfig:
         if not self.key:
             raise InvalidKey("no access key: set SMALLWARE_KEY or use --key-file (in Python: key=...)")
         key = AccessKey.parse(self.key, key_id=self.key_id, customer_id=domain.customer_id)
-        for name in ("open_timeout", "ping_interval", "ping_timeout", "write_timeout", "drain_timeout"):
+        for name in ("open_timeout", "ping_interval", "ping_timeout", "drain_timeout"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} must be more than 0 seconds")
-        for name, least in (("drain_limit", 0), ("max_message_size", 1), ("max_connections", 1)):
+        for name, least in (("write_timeout", 0), ("drain_limit", 0), ("max_message_size", 1), ("max_connections", 1)):
             if not getattr(self, name) >= least:
                 raise ConfigError(f"{name} must be at least {least}")
         # The dataclass is frozen; this is its documented way to set derived fields.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import email.utils
+import itertools
 import logging
 import ssl
 import time
@@ -34,7 +35,7 @@ from tunnel_asgi.errors import (
     UpgradeRefused,
     WebSocketError,
 )
-from tunnel_asgi.protocol import MAX_TEXT, ClientSide, Connected, Dropped, Ended, printable
+from tunnel_asgi.protocol import MAX_TEXT, ClientSide, Connected, Dropped, Ended, printable, without_token
 from tunnel_asgi.transport import TunnelTransport
 
 __all__ = ["Owner", "TunnelConnection", "dial"]
@@ -50,6 +51,8 @@ CLOSE_TIMEOUT = 5.0  # seconds for the server to answer our close frame
 HIGH_WATER = 64 * 1024  # bytes in the socket's buffer past which we wait; asyncio's default with TLS is 512 KiB
 WRITE_LIMIT = 1024 * 1024  # bytes there that end the WebSocket: only answers to a flood of pings get so far
 LATE = 1.0  # seconds; a timer that fires later was held up by us, and what it waits for may lie in the socket
+
+_numbers = itertools.count(1)  # for visitors to whom the server gave no id
 
 
 class Owner(Protocol):
@@ -257,7 +260,7 @@ class TunnelConnection(asyncio.Protocol):
             self._maybe_recycle()
 
     def _open(self, visitor: Connected) -> None:
-        self.connection_id = visitor.connection_id
+        self.connection_id = visitor.connection_id or f"#{next(_numbers)}"  # for logs
         logger.debug("[%s] visitor %s connected", self.connection_id, visitor.ip or "(unknown address)")
         self.visitor = self._owner.visitor_connected(self, visitor)
         self.visitor.start()
@@ -377,8 +380,8 @@ class TunnelConnection(asyncio.Protocol):
         self._keepalive_timer = self._loop.call_at(self._heard_at + self._config.ping_interval, self._check_silence)
 
     def _check_silence(self) -> None:
-        if self._reading_paused:
-            # We read nothing, so we cannot hear a pong: that is our own back-pressure, not a dead peer.
+        if self._reading_paused or not self.writable:
+            # We cannot hear a pong, or the server not our ping: that is back-pressure, not a dead peer.
             self._heard_at = self._loop.time()
         if self._loop.time() < self._heard_at + self._config.ping_interval:
             self._watch_silence()
@@ -393,7 +396,7 @@ class TunnelConnection(asyncio.Protocol):
 
     def _check_answer(self) -> None:
         now = self._loop.time()
-        if self._heard_at >= self._pinged_at or self._reading_paused:
+        if self._heard_at >= self._pinged_at or self._reading_paused or not self.writable:
             self._check_silence()
         elif now > self._pinged_at + self._config.ping_timeout + LATE:
             self._ping()
@@ -401,6 +404,8 @@ class TunnelConnection(asyncio.Protocol):
             self.abort(WebSocketError(f"the tunnel server was silent for {now - self._heard_at:.0f} s"))
 
     def _watch_writing(self) -> None:
+        if not self._config.write_timeout:
+            return
         self._stuck_at = self.buffered
         self._write_timer = self._loop.call_later(self._config.write_timeout, self._check_writing, self._loop.time())
 
@@ -466,7 +471,9 @@ async def _dial(config: TunnelConfig, token: str, ssl_context: ssl.SSLContext | 
         raise ConfigError("the proxy in the environment (HTTPS_PROXY, ...) is not a valid URL") from None
     except ImportError as error:
         raise ConfigError("a SOCKS proxy needs another package: pip install 'tunnel-asgi[socks]'") from error
-    except (OSError, InvalidHandshake, UnicodeError) as error:  # UnicodeError: no host of that name can exist
+    except InvalidHandshake as error:  # it quotes the answer, and the token may stand in it
+        raise ConnectionFailed(config.server_url, without_token(_reason(error))) from None
+    except (OSError, UnicodeError) as error:  # UnicodeError: no host of that name can exist
         raise ConnectionFailed(config.server_url, _reason(error)) from error
 
 

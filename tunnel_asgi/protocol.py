@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import enum
 import ipaddress
+import re
 from dataclasses import dataclass
 
 from tunnel_asgi.errors import LocalProtocolError, ProtocolError
@@ -26,6 +27,7 @@ __all__ = [
     "Recycled",
     "ServerSide",
     "printable",
+    "without_token",
 ]
 
 EOF = b""
@@ -37,6 +39,8 @@ RESET = "RESET"
 _READ_SIDE_DONE = "RDSD"
 _CONNECT = "CONNECT:"
 _DROP = "DROP:"
+
+_TOKEN = re.compile(r"eyJ[\w-]*(?:\.[\w-]*)*")  # JSON in base64 begins like this: '{"'
 
 MAX_LOGGED = 64  # characters of a reason or connection id
 MAX_TEXT = 8 * 1024  # bytes; CONNECT and DROP are one line, more is an attack on memory
@@ -264,8 +268,14 @@ def _parse_connect(message: str) -> Connected:
 
 
 def printable(text: str) -> str:
-    """For logs: one line, of a length one can read."""
-    return "".join(character for character in text.strip() if character.isprintable())[:MAX_LOGGED]
+    """What the peer says, for logs: one line, of a length one can read, without the token it may quote."""
+    line = "".join(character for character in text.strip() if character.isprintable())
+    return without_token(line)[:MAX_LOGGED]
+
+
+def without_token(text: str) -> str:
+    """The text with ``***`` for each JSON Web Token, also for one that was cut off."""
+    return _TOKEN.sub("***", text)
 
 
 def _parse_ip(text: str) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import copy
+import dataclasses
 import importlib.util
 import inspect
 import logging
@@ -77,7 +78,8 @@ class Config(uvicorn.Config):
     is not ``https://<domain>``. With ``local=True`` an embedded relay on loopback serves visitors on ``port``
     (0: any free one; ``tls=True``: https) and neither domain nor key is needed. ``standby`` is how many
     WebSockets wait when nobody is connected. ``timeout_first_byte``, ``timeout_request_head`` and
-    ``timeout_request_body`` are deadlines for visitors in seconds, 0 for none. A request body of more than
+    ``timeout_request_body`` are deadlines for visitors in seconds, 0 for none; ``timeout_write`` is how long a visitor
+    may read nothing of what waits for it. A request body of more than
     ``limit_body`` bytes is answered 413; None or 0 for no limit.
 
     Raises:
@@ -103,6 +105,7 @@ class Config(uvicorn.Config):
         timeout_first_byte: float = Timeouts.first_byte,
         timeout_request_head: float = Timeouts.head,
         timeout_request_body: float = Timeouts.body,
+        timeout_write: float = TunnelConfig.write_timeout,
         limit_body: int | None = None,
         **uvicorn_options: Any,
     ) -> None:
@@ -125,6 +128,7 @@ class Config(uvicorn.Config):
         self.tls = tls
         self.standby = standby
         self.timeouts: Timeouts = Timeouts(timeout_first_byte, timeout_request_head, timeout_request_body)
+        self.timeout_write = timeout_write
         self.limit_body = limit_body or 0
         self.public_url = PublicURL.parse(public_url) if public_url else None
         self.tunnel: TunnelConfig | None = None
@@ -142,6 +146,7 @@ class Config(uvicorn.Config):
                 trust_ca=trust_ca,
                 allow_insecure_server=allow_insecure_server,
             )
+            self.tunnel = dataclasses.replace(self.tunnel, write_timeout=timeout_write)
             self.tunnel.make_ssl_context()  # an unreadable CA must show before the app starts
             if self.public_url is None:
                 self.public_url = PublicURL("https", str(self.tunnel.tunnel_domain), 443)
@@ -157,7 +162,7 @@ class Config(uvicorn.Config):
             yield
             return
         with LocalRelay(port=self.port, tls=self.tls) as relay:
-            self.tunnel = relay.tunnel_config
+            self.tunnel = dataclasses.replace(relay.tunnel_config, write_timeout=self.timeout_write)
             given, self.public_url = self.public_url, self.public_url or PublicURL.parse(relay.url)
             self.ca_path = relay.ca_path
             if self.ca_path is not None:
