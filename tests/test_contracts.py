@@ -567,6 +567,38 @@ def test_h11_has_what_the_strict_connection_reads() -> None:
     assert raised.value.error_status_hint == 431
 
 
+def test_the_buffer_of_h11_can_be_looked_into_without_a_copy_and_is_what_is_not_parsed_yet() -> None:
+    connection = h11.Connection(h11.SERVER)
+    pieces = (
+        b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chu",
+        b"nked\r\n\r\n3;a=b\r\nab",
+        b"c\r\n0\r\nX: y\r\n\r\nrest",
+    )
+    for piece in pieces:
+        connection.receive_data(piece)
+        event: Any = None
+        while event not in (h11.NEED_DATA, h11.PAUSED):
+            event = connection.next_event()
+            buffer: Any = connection._receive_buffer
+            check_names(buffer, "_data", used_in="guard.py")
+            assert type(buffer._data) is bytearray
+            assert (bytes(buffer._data), len(buffer)) == (connection.trailing_data[0], len(connection.trailing_data[0]))
+
+
+def test_h11_takes_the_framing_of_a_chunk_and_all_trailers_together_with_their_event() -> None:
+    connection = h11.Connection(h11.SERVER)
+    connection.receive_data(b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
+    connection.next_event()
+    framing = [b"3;" + b"e" * 5000 + b"\r\n", b"\r\n3\r\n", b"\r\n0\r\nX: " + b"t" * 5000 + b"\r\n\r\n"]
+    connection.receive_data(b"abc".join(framing))
+    for around in framing:  # why the guard may judge what stands around the bytes by its first FRAMING_LIMIT bytes
+        before = len(connection.trailing_data[0])
+        event = connection.next_event()
+        taken = before - len(connection.trailing_data[0])
+        assert taken - len(getattr(event, "data", b"")) == len(around)
+        assert type(event) is (h11.EndOfMessage if around is framing[-1] else h11.Data)
+
+
 def test_h11_takes_from_its_buffer_only_what_an_event_is_made_of() -> None:
     connection = h11.Connection(h11.SERVER)
     connection.receive_data(

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from uvicorn.server import ServerState
 
 from tests.support import run_async, run_virtually, served, visiting
-from tunnel_asgi.guard import Timeouts, guarded, guarded_websocket
+from tunnel_asgi.guard import FRAMING_LIMIT, Timeouts, guarded, guarded_websocket
 from tunnel_asgi.transport import TunnelTransport
 
 PARSERS = ["h11", "httptools"]
@@ -608,6 +608,25 @@ async def test_trailers_never_pass_for_headers() -> None:
         await line.send(chunked(b"3\r\nabc\r\n0\r\nAuthorization: stolen\r\nHost: y\r\n\r\n"))
         assert app.headers == [(b"host", b"x"), (b"transfer-encoding", b"chunked")]
         await line.wait_closed()
+
+
+@pytest.mark.parametrize(
+    "framed",
+    [
+        lambda size: b"3;" + b"e" * (size - 4) + b"\r\nabc\r\n0\r\n\r\n",
+        lambda size: b"3\r\nabc\r\n0\r\nX: " + b"t" * (size - 12) + b"\r\n\r\n",
+    ],
+    ids=["chunk extension", "trailers"],
+)
+@pytest.mark.parametrize(("excess", "status"), [(0, 200), (1, 400)])
+@run_virtually
+async def test_what_surrounds_the_bytes_of_a_chunk_has_a_limit(
+    framed: Callable[[int], bytes], excess: int, status: int
+) -> None:
+    line = Line("h11", App())
+    await line.send(chunked(framed(FRAMING_LIMIT + excess)))
+    assert line.statuses == [status]
+    line.transport.abort()
 
 
 @parsers
