@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import shutil
@@ -30,6 +31,7 @@ import os
 INSTALLED_APPS += ["tunnel_asgi.contrib.django", "pages"]
 ROOT_URLCONF = "pages.urls"
 globals().update(json.loads(os.environ.get("SETTINGS", "{}")))
+INSTALLED_APPS += globals().get("MORE_APPS", [])
 """
 
 URLS = """
@@ -153,6 +155,8 @@ def test_a_login_form_posts_through_the_tunnel(project: Path) -> None:
         "SECURE_SSL_REDIRECT": True,
         "SESSION_COOKIE_SECURE": True,
         "CSRF_COOKIE_SECURE": True,
+        "SECURE_PROXY_SSL_HEADER": ("HTTP_X_FORWARDED_PROTO", "https"),
+        "USE_X_FORWARDED_HOST": True,
         "LOGGING": {"version": 1},  # which turns off all loggers there are
     }
     with runtunnel(project, "--local", "--tls", "--port", "0", "--noreload", **production) as site:
@@ -160,6 +164,8 @@ def test_a_login_form_posts_through_the_tunnel(project: Path) -> None:
         url = site.url()
         with client(url, verify=ssl.create_default_context(cafile=ca)) as browser:
             assert browser.get("/").text == f"old {url}/ True"
+            claims = {"X-Forwarded-Proto": "http", "X-Forwarded-Host": "evil.example", "X-Forwarded-For": "192.0.2.1"}
+            assert browser.get("/", headers=claims).text == f"old {url}/ True"
             answer = log_in(browser, Origin=url)
             assert (answer.status_code, answer.headers["location"]) == (302, "/admin/")
             assert "Welcome," in browser.get("/admin/").text
@@ -235,6 +241,18 @@ def test_migrations_that_wait_are_told_about(project: Path) -> None:
     (project / "db.sqlite3").unlink()
     with runtunnel(project, "--local", "--port", "0", "--noreload") as site:
         site.expect(r"You have \d+ unapplied migration\(s\)")
+        site.url()
+        assert site.stop() == 0
+
+
+def test_apps_beside_the_project_are_watched_too_but_no_installed_ones(project: Path, tmp_path: Path) -> None:
+    beside = tmp_path / "beside"
+    beside.mkdir()
+    (beside / "__init__.py").touch()
+    options = ("--local", "--port", "0", "--pythonpath", str(tmp_path))
+    with runtunnel(project, *options, MORE_APPS=["beside"]) as site:
+        watched = site.expect(r"Will watch for changes in these directories: (.*)")[1]
+        assert ast.literal_eval(watched) == [str(beside), str(project)]
         site.url()
         assert site.stop() == 0
 

@@ -7,12 +7,14 @@ import logging
 import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from flask import Flask, request
 
+from tests.processes import Running
 from tests.support import run_async, served, visiting
 from tunnel_asgi import wsgi
 from tunnel_asgi.errors import ConfigError
@@ -101,6 +103,26 @@ async def test_an_answer_without_end_does_not_keep_the_server(monkeypatch: pytes
             site.server.should_exit = True
             await site.task
         await happened(answer.closed)
+
+
+STUCK = """
+import threading
+
+def app(environ, start_response):
+    start_response("200 OK", [("Content-Type", "text/plain")])
+    yield b"first"
+    threading.Event().wait()
+"""
+
+
+def test_an_app_that_never_comes_back_does_not_keep_the_process(tmp_path: Path) -> None:
+    (tmp_path / "main.py").write_text(STUCK)
+    options = ("--interface", "wsgi", "--local", "--port", "0", "--timeout-graceful-shutdown", "0")
+    with Running("main:app", *options, cwd=tmp_path) as site:
+        with httpx.stream("GET", site.url(), trust_env=False, timeout=20) as response:
+            assert next(response.iter_raw()) == b"first"
+            assert site.stop() == 0
+        assert "Event loop is closed" not in site.output
 
 
 @parsers

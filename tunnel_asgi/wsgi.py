@@ -7,7 +7,8 @@ import io
 import sys
 import threading
 from collections.abc import Callable, Generator, Iterable, MutableMapping
-from typing import TYPE_CHECKING, Any, cast
+from concurrent.futures import Executor, Future
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
 
 from a2wsgi import WSGIMiddleware
 
@@ -21,6 +22,8 @@ THREADS = 40  # requests at once, as Starlette has for functions that block; a s
 GONE = "tunnel_asgi.gone"
 """Key in a request's scope: whether somebody still waits for the answer."""
 
+P = ParamSpec("P")
+T = TypeVar("T")
 Environ = dict[str, Any]
 Message = MutableMapping[str, Any]
 
@@ -34,7 +37,9 @@ class WSGIApp:
 
     def __init__(self, app: Any) -> None:
         self.app = app
-        self._middleware: Any = WSGIMiddleware(cast(Any, self._run), workers=THREADS)
+        self._threads = asyncio.Semaphore(THREADS)
+        self._middleware = cast(Any, WSGIMiddleware)(self._run)
+        self._middleware.executor = _Threads()
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
@@ -43,7 +48,8 @@ class WSGIApp:
         visitor = _Visitor(scope, receive)
         watch = asyncio.create_task(visitor.watch())
         try:
-            await self._middleware({**scope, GONE: visitor.gone}, visitor.receive, send)
+            async with self._threads:
+                await self._middleware({**scope, GONE: visitor.gone}, visitor.receive, send)
         finally:
             visitor.gone.set()
             watch.cancel()
@@ -64,6 +70,25 @@ class WSGIApp:
         finally:
             if hasattr(answer, "close"):
                 answer.close()
+
+
+class _Threads(Executor):
+    """A thread for each call. The process may end without them: what they run may never come back."""
+
+    def submit(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+        future: Future[T] = Future()
+
+        def run() -> None:
+            try:
+                result = function(*args, **kwargs)
+            except BaseException as error:
+                future.set_exception(error)
+            else:
+                future.set_result(result)
+
+        future.set_running_or_notify_cancel()
+        threading.Thread(target=run, name="WSGI", daemon=True).start()
+        return future
 
 
 class _Visitor:

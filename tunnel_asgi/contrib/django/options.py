@@ -8,7 +8,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from tunnel_asgi.config import DEFAULT_SERVER_URL
+from tunnel_asgi.config import DEFAULT_SERVER_URL, TunnelConfig
 from tunnel_asgi.errors import ConfigError
 from tunnel_asgi.guard import Timeouts
 from tunnel_asgi.pool import STANDBY
@@ -47,6 +47,10 @@ OPTIONS: Mapping[str, Option] = {
     ),
     "timeout_request_head": Option(float, f"Seconds from there to the end of its headers ({Timeouts.head:g})."),
     "timeout_request_body": Option(float, f"Seconds a visitor may pause within a request body ({Timeouts.body:g})."),
+    "timeout_write": Option(
+        float, f"Seconds a visitor may read nothing of an answer ({TunnelConfig.write_timeout:g})."
+    ),
+    "limit_body": Option(int, "Bytes a request body may have; a larger one is answered 413."),
 }
 
 

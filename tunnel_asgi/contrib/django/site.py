@@ -117,6 +117,9 @@ def _admit(public_url: PublicURL, *, keep_debug_hosts: bool) -> None:
         allowed += DEBUG_HOSTS
     settings.ALLOWED_HOSTS = [*allowed, host]
     settings.CSRF_TRUSTED_ORIGINS = [*settings.CSRF_TRUSTED_ORIGINS, str(public_url)]
+    # No proxy stands before this process: what one would say about itself here a visitor says.
+    settings.SECURE_PROXY_SSL_HEADER = None
+    settings.USE_X_FORWARDED_HOST = settings.USE_X_FORWARDED_PORT = False
 
 
 def _revive_loggers() -> None:

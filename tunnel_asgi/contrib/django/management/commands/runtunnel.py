@@ -13,6 +13,8 @@ from tunnel_asgi.errors import TunnelError
 
 STARTUP_FAILURE = 3  # exit code, as uvicorn's and that of tunnel-asgi
 
+METAVARS = {"domain": "NAME", "trust_ca": "FILE", "standby": "NUMBER", "limit_body": "BYTES"}
+
 DEBUG_WARNING = """\
 WARNING: DEBUG is True, and everybody who has the URL is a visitor.
 Whoever makes a request fail sees your source code around it, the values of local variables (with them SQL and what came
@@ -66,4 +68,4 @@ class Command(BaseCommand):
 def _metavar(name: str) -> str:
     if name.startswith("timeout"):
         return "SECONDS"
-    return "FILE" if name == "trust_ca" else name.rpartition("_")[2].upper()
+    return METAVARS.get(name) or name.rpartition("_")[2].upper()
