@@ -16,13 +16,26 @@ from pathlib import Path
 
 import pytest
 
+import tunnel_asgi
 from tests.support import DOMAIN, KEY_ID, KEYS, SECRET, run_async, visiting
 from tunnel_asgi.relay import Relay
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "library.md"
+SHARING = ROOT / "docs" / "sharing.md"
 README = ROOT / "README.md"
 REQUEST = b"GET / HTTP/1.0\r\n\r\n"
+
+
+MAIN = """
+from starlette.applications import Starlette
+from starlette.responses import PlainTextResponse
+from starlette.routing import Route
+
+app = Starlette(routes=[Route("/", lambda request: PlainTextResponse("hello"))])
+"""
+
+pytest_plugins = ["pytester"]
 
 
 def python_blocks(page: Path) -> list[str]:
@@ -86,17 +99,49 @@ def test_every_example_of_the_readme_is_valid_python() -> None:
 
 
 def test_the_relay_example_of_the_readme_runs(tmp_path: Path) -> None:
-    (tmp_path / "main.py").write_text(
-        "from starlette.applications import Starlette\n"
-        "from starlette.responses import PlainTextResponse\n"
-        "from starlette.routing import Route\n"
-        "app = Starlette(routes=[Route('/', lambda request: PlainTextResponse('hello'))])\n"
-    )
+    (tmp_path / "main.py").write_text(MAIN)
     [program] = [block for block in python_blocks(README) if "Relay(" in block]
     (tmp_path / "example.py").write_text(program)
     run = subprocess.run([sys.executable, "example.py"], cwd=tmp_path, capture_output=True, text=True, timeout=50)
     assert run.returncode == 0, run.stderr
     assert "200 b'hello'" in run.stdout
+
+
+@pytest.fixture
+def folder_with_main(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As for somebody who works where a ``main.py`` is."""
+    (tmp_path / "main.py").write_text(MAIN)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "main", raising=False)
+    monkeypatch.setenv("no_proxy", "*")
+
+
+@pytest.mark.usefixtures("folder_with_main")
+@run_async
+async def test_the_examples_of_sharing_run_as_cells_of_a_notebook(capsys: pytest.CaptureFixture[str]) -> None:
+    from main import app  # type: ignore[import-not-found]
+
+    namespace: dict[str, object] = {"app": app, "other_app": app, "tunnel_asgi": tunnel_asgi}
+    for block in [block for page in (README, SHARING) for block in python_blocks(page) if is_about_sharing(block)]:
+        cell = eval(compile(block, "cell", "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT), namespace)
+        if cell is not None:
+            await cell
+    printed = capsys.readouterr().out
+    assert re.findall(r"""b'"(.*?)"'""", printed) == ["hello", "hello again"]
+    assert printed.count("http://127.0.0.1:") == 5
+
+
+def is_about_sharing(block: str) -> bool:
+    return "def test_" not in block and ("share" in block or "tunnel." in block or "FastAPI()" in block)
+
+
+@pytest.mark.usefixtures("folder_with_main")
+@pytest.mark.parametrize("page", [README, SHARING])
+def test_the_examples_for_pytest_pass(page: Path, pytester: pytest.Pytester) -> None:
+    tests = [block for block in python_blocks(page) if "def test_" in block]
+    for number, block in enumerate(tests):
+        pytester.makepyfile(**{f"test_{number}": f"import httpx\n{block}"})
+    pytester.runpytest("-p", "no:cacheprovider").assert_outcomes(passed=len(tests))
 
 
 def test_every_link_of_the_readme_leads_somewhere() -> None:
