@@ -9,15 +9,16 @@ from pathlib import Path
 
 import uvloop
 
+from benchmarks import report
 from benchmarks.contenders import CONTENDERS, STACKS
 from benchmarks.figures import FIGURES, measure_figure
 from benchmarks.loads import LOADS
 from benchmarks.machine import describe
 from benchmarks.measuring import Pace, measure_stack
-from benchmarks.report import text_report
 from benchmarks.results import Results
 
 FULL = Pace(rounds=5, warm_up=0.3, window=0.8, idle=10)
+FOLDER = Path(__file__).parent / "results"
 QUICK = Pace(rounds=3, warm_up=0.2, window=0.3, idle=0.5)
 
 
@@ -27,11 +28,24 @@ def main() -> None:
     pace = QUICK if options.quick else FULL
     if options.rounds is not None:
         pace = dataclasses.replace(pace, rounds=options.rounds)
-    results = Results(datetime.date.today().isoformat(), describe(), pace.rounds)
+    results = Results(datetime.date.today().isoformat(), describe(), pace.rounds, pace.window)
     uvloop.run(measure(options, pace, results))
-    print(text_report(results))
+    print(report.text_report(results))
     if options.json is not None:
         results.save(options.json)
+    if options.save:
+        save(results)
+
+
+def save(results: Results) -> None:
+    """Keep the run in the project: JSON, plot, and the tables in README.md."""
+    from benchmarks.plot import draw  # matplotlib is there only for this
+
+    FOLDER.mkdir(exist_ok=True)
+    path = FOLDER / f"{results.date}.json"
+    results.save(path)
+    draw(results, path.with_suffix(".png"))
+    report.main([str(path)])
 
 
 async def measure(options: argparse.Namespace, pace: Pace, results: Results) -> None:
@@ -51,6 +65,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="short windows, few rounds: to see that it works")
     parser.add_argument("--rounds", type=int, help=f"{FULL.rounds} by default, {QUICK.rounds} with --quick")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what was measured")
+    parser.add_argument("--save", action="store_true", help="keep the run in benchmarks/results, and in README.md")
     for option, known in (("--only", [*LOADS, *FIGURES]), ("--stack", STACKS), ("--contender", CONTENDERS)):
         names = list(known)
         parser.add_argument(option, nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))

@@ -38,6 +38,9 @@ class Line(Protocol):
     def end(self) -> None:
         """Send no more. The other side ends, too, and then the visitor is told."""
 
+    def abort(self) -> None:
+        """Break the connection."""
+
 
 class Visitor(Protocol):
     """Somebody with a connection to the app."""
@@ -101,6 +104,9 @@ class _TcpLine(asyncio.Protocol):
 
     def end(self) -> None:
         self._transport.write_eof()
+
+    def abort(self) -> None:
+        self._transport.abort()
 
 
 # A tunnel
@@ -207,6 +213,9 @@ class _TunnelLine(asyncio.Protocol):
         if not self._ended:
             self._ended = True
             self._transport.write(_EOF)
+
+    def abort(self) -> None:
+        self._transport.abort()
 
     # The client's side
 

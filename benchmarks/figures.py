@@ -12,9 +12,9 @@ from benchmarks.accounting import cpu_seconds, memory_kib
 from benchmarks.contenders import APP, STACKS, Running, child, serve_one_accept, serve_port, serve_tunnel
 from benchmarks.entrances import PortEntrance
 from benchmarks.loads import GET
-from benchmarks.measuring import LIMIT, Pace, failing_loudly, noting
+from benchmarks.measuring import LIMIT, Pace, metering, noting
 from benchmarks.results import Figure, Results
-from benchmarks.visitors import Crowd, Meter
+from benchmarks.visitors import Crowd
 
 STACK = STACKS["h11+asyncio"]
 BURST = 50  # visitors at once
@@ -100,8 +100,7 @@ async def measure_figure(name: str, pace: Pace, results: Results) -> None:
 @asynccontextmanager
 async def staying(server: Running, size: int) -> AsyncIterator[Crowd]:
     """Let visitors come at once and stay; inside the block each of them has had an answer."""
-    meter = Meter()
-    with failing_loudly(meter):
+    with metering() as meter:
         crowd = Crowd(meter, server.entrance, size, GET)
         async with asyncio.timeout(LIMIT):
             await meter.until(crowd.complete)

@@ -60,8 +60,7 @@ async def measure(load: Load, contender: Running, pace: Pace) -> tuple[int, floa
         Wrong: an answer was not what it should have been.
         TimeoutError: nothing came.
     """
-    meter = Meter()
-    with failing_loudly(meter):
+    with metering() as meter:
         async with asyncio.timeout(LIMIT):
             await load.begin(meter, contender.entrance)
         await meter.run_for(pace.warm_up)
@@ -81,8 +80,9 @@ def _look(meter: Meter, contender: Running) -> tuple[float, float, float, float]
 
 
 @contextmanager
-def failing_loudly(meter: Meter) -> Iterator[None]:
-    """Let what goes wrong in a callback of the loop fail the meter."""
+def metering() -> Iterator[Meter]:
+    """A meter that fails with whatever goes wrong in a callback of the loop. Nobody is left behind."""
+    meter = Meter()
     loop = asyncio.get_running_loop()
 
     def fail(_: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
@@ -91,8 +91,9 @@ def failing_loudly(meter: Meter) -> Iterator[None]:
     before = loop.get_exception_handler()
     loop.set_exception_handler(fail)
     try:
-        yield
+        yield meter
     finally:
+        meter.abandon()
         loop.set_exception_handler(before)
 
 

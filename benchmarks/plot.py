@@ -23,6 +23,7 @@ def draw(results: Results, path: Path) -> None:
     panels = figure.subplots(1, len(stacks), sharey=True, squeeze=False)[0]
     for stack, axes in zip(stacks, panels, strict=True):
         _draw_stack(results, stack, axes)
+    panels[0].invert_yaxis()  # shared by all: the first load on top
     panels[0].legend(loc="lower right")
     figure.suptitle(f"CPU time for one operation, as a multiple of the port's ({results.date})")
     figure.savefig(path)
@@ -40,7 +41,6 @@ def _draw_stack(results: Results, stack: str, axes: Axes) -> None:
             axes.annotate(f" {middle:.2f}", (middle + end, place), va="center", fontsize=8)
     axes.axvline(1, color="black", linewidth=1)
     axes.set_yticks(range(len(LOADS)), [load.title for load in LOADS.values()])
-    axes.invert_yaxis() if not axes.yaxis_inverted() else None
     axes.set_title(stack)
     axes.margins(x=0.12)
     axes.spines[["top", "right"]].set_visible(False)

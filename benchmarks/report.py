@@ -75,7 +75,8 @@ def markdown_report(results: Results, plot: Path | None) -> str:
     """For README.md. ``plot`` is a path relative to it."""
     machine = ", ".join(f"{name} {value}" for name, value in results.machine.items())
     parts = [
-        f"Measured on {results.date}: {machine}. Medians of {results.rounds} rounds; in brackets least and most.",
+        f"Measured on {results.date}: {machine}. Medians of {results.rounds} rounds of {results.window} s; "
+        "in brackets the least and the most.",
         _markdown(ratio_goals(results)),
         _markdown(figure_goals(results)),
         "" if plot is None else f"![What tunnel and forward cost of the port]({plot.as_posix()})",
@@ -133,12 +134,13 @@ def _markdown(table: list[Row]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def main() -> None:
+def main(arguments: Sequence[str]) -> None:
     """Write the tables of a JSON file into README.md, with the plot that lies beside it."""
-    source = Path(sys.argv[1]).resolve()
+    [name] = arguments
+    source = Path(name).resolve()
     plot = source.with_suffix(".png")
     update_readme(Results.load(source), plot.relative_to(README.parent) if plot.exists() else None)
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

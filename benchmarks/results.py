@@ -54,6 +54,8 @@ class Results:
     date: str
     machine: dict[str, str]
     rounds: int
+    window: float
+    """Seconds of one sample."""
     samples: list[Sample] = field(default_factory=list)
     figures: dict[str, list[float]] = field(default_factory=dict)
     """What is not a load: one value for each round."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from dataclasses import dataclass
+from typing import Any
 
 from benchmarks.entrances import Entrance, Line, Wrong
 from benchmarks.payload import EVENT
@@ -23,14 +24,14 @@ class Meter:
         loop = asyncio.get_running_loop()
         self._failure: asyncio.Future[None] = loop.create_future()
         self._left: asyncio.Future[None] = loop.create_future()
-        self._present = 0
+        self._present: set[Guest] = set()
 
-    def enter(self) -> None:
-        self._present += 1
+    def enter(self, guest: Guest) -> None:
+        self._present.add(guest)
 
-    def leave(self) -> None:
-        self._present -= 1
-        if not self._present:
+    def leave(self, guest: Guest) -> None:
+        self._present.discard(guest)
+        if not self._present and not self._left.done():
             self._left.set_result(None)
 
     def fail(self, error: BaseException) -> None:
@@ -43,7 +44,7 @@ class Meter:
         await asyncio.wait([self._failure], timeout=seconds)
         self._check()
 
-    async def until(self, what: asyncio.Future[None]) -> None:
+    async def until(self, what: asyncio.Future[Any]) -> None:
         """Let visitors do what they do until this."""
         await asyncio.wait([self._failure, what], return_when=asyncio.FIRST_COMPLETED)
         self._check()
@@ -52,6 +53,12 @@ class Meter:
         """Let them finish what they are at, and leave."""
         self.over = True
         await self.until(self._left)
+
+    def abandon(self) -> None:
+        """Cut off whoever is still there."""
+        self.over = True
+        for guest in self._present:
+            guest.vanish()
 
     def _check(self) -> None:
         if self._failure.done():
@@ -82,15 +89,19 @@ class Guest:
     def __init__(self, meter: Meter, entrance: Entrance) -> None:
         self._meter = meter
         self._entrance = entrance
+        self._line: Line | None = None
         self._head: bytes | None = None  # what came of it, None if none is awaited
         self._expected = b""
         self._position = 0
         self._leaving = False
-        meter.enter()
+        meter.enter(self)
 
     def connected(self, line: Line) -> None:
         self._line = line
-        self.begin()
+        if self._leaving:
+            line.end()
+        else:
+            self.begin()
 
     def received(self, data: bytes) -> None:
         if self._leaving:
@@ -109,20 +120,41 @@ class Guest:
             self.answered()
 
     def ended(self) -> None:
-        if not self._leaving:
-            raise Wrong("the connection ended early")
-        self._meter.leave()
+        if self._leaving:
+            self._meter.leave(self)
+        else:
+            self.closed()
+
+    def say(self, data: bytes) -> None:
+        """Send bytes."""
+        assert self._line is not None
+        self._line.write(data)
 
     def leave(self) -> None:
         """End the connection."""
         self._leaving = True
-        self._line.end()
+        if self._line is not None:
+            self._line.end()
+
+    def vanish(self) -> None:
+        """Break the connection; an answer still on the way is no matter."""
+        self._leaving = True
+        if self._line is not None:
+            self._line.abort()
 
     def expect(self, answer: bytes, *, head: bool) -> None:
         """Say what the next bytes must be."""
         self._head = b"" if head else None
         self._expected = answer
         self._position = 0
+
+    def come_again(self) -> None:
+        """One connection is one operation."""
+        self._meter.operations += 1
+        if self._meter.over:
+            self._meter.leave(self)
+        else:
+            self._entrance.admit(self)
 
     def read_head(self, head: bytes) -> None:
         """Check the head of an answer."""
@@ -136,6 +168,10 @@ class Guest:
     def answered(self) -> None:
         """All that was expected came."""
         raise NotImplementedError
+
+    def closed(self) -> None:
+        """The server closed the connection."""
+        raise Wrong("the connection ended early")
 
 
 class Regular(Guest):
@@ -151,7 +187,7 @@ class Regular(Guest):
 
     def ask(self, exchange: Exchange) -> None:
         self.expect(exchange.answer, head=True)
-        self._line.write(exchange.request)
+        self.say(exchange.request)
 
     def answered(self) -> None:
         self._meter.operations += 1
@@ -172,36 +208,28 @@ class Newcomer(Guest):
     def begin(self) -> None:
         self._served = False
         self.expect(self._exchange.answer, head=True)
-        self._line.write(self._exchange.request)
+        self.say(self._exchange.request)
 
     def answered(self) -> None:
         self._served = True
 
-    def ended(self) -> None:
+    def closed(self) -> None:
         if not self._served:
-            raise Wrong("the connection ended before the answer did")
-        self._meter.operations += 1
-        if self._meter.over:
-            self._meter.leave()
-        else:
-            self._entrance.admit(self)
+            super().closed()
+        self.come_again()
 
 
 class Passer(Guest):
     """Connects, says nothing and leaves: the cost of a visitor connection as such."""
 
-    def begin(self) -> None:
-        self._line.end()
+    def connected(self, line: Line) -> None:
+        line.end()
 
     def received(self, data: bytes) -> None:
         raise Wrong(f"{data[:80]!r} came unasked")
 
-    def ended(self) -> None:
-        self._meter.operations += 1
-        if self._meter.over:
-            self._meter.leave()
-        else:
-            self._entrance.admit(self)
+    def closed(self) -> None:
+        self.come_again()
 
 
 class Chatter(Guest):
@@ -223,7 +251,7 @@ class Chatter(Guest):
 
     def begin(self) -> None:
         self.expect(b"", head=True)
-        self._line.write(self._handshake)
+        self.say(self._handshake)
 
     def answered(self) -> None:
         self._meter.operations += self._open
@@ -232,7 +260,7 @@ class Chatter(Guest):
             self.leave()
         else:
             self.expect(self._answer, head=False)
-            self._line.write(self._question)
+            self.say(self._question)
 
 
 class Audience:
@@ -276,7 +304,7 @@ class Subscriber(Guest):
 
     def begin(self) -> None:
         self.expect(b"", head=True)
-        self._line.write(self._subscription)
+        self.say(self._subscription)
 
     def answered(self) -> None:
         self._meter.operations += self._subscribed
@@ -295,7 +323,7 @@ class Publisher(Guest):
 
     def begin(self) -> None:
         self.expect(self._publication.answer, head=True)
-        self._line.write(self._publication.request)
+        self.say(self._publication.request)
 
     def answered(self) -> None:
         self._audience.heard()
@@ -339,7 +367,7 @@ class Stayer(Guest):
 
     def begin(self) -> None:
         self.expect(self._exchange.answer, head=True)
-        self._line.write(self._exchange.request)
+        self.say(self._exchange.request)
 
     def read_head(self, head: bytes) -> None:
         super().read_head(head)
