@@ -18,6 +18,8 @@ from benchmarks.results import Results, summary
 README = Path(__file__).parent / "README.md"
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 
+RATIO_DIGITS = 3  # enough to see on which side of its goal a ratio is
+
 Row = Sequence[str]
 
 
@@ -50,7 +52,9 @@ def ratio_goals(results: Results) -> list[Row]:
     rows: list[Row] = [["ratio", "goal", *STACKS]]
     for goal in RATIO_GOALS:
         if any(found := [goal.values(results, stack) for stack in STACKS]):
-            rows.append([goal.title, f"<= {goal.limit:.2f}", *(_judged(values, goal.limit) for values in found)])
+            rows.append(
+                [goal.title, f"<= {goal.limit:.2f}", *(_judged(values, goal.limit, RATIO_DIGITS) for values in found)]
+            )
     return rows
 
 
@@ -100,7 +104,7 @@ def update_readme(results: Results, plot: Path | None, readme: Path = README) ->
     readme.write_text(f"{before}{BEGIN}\n\n{report}\n\n{END}{after}", encoding="utf-8")
 
 
-def _judged(values: list[float], limit: float, digits: int = 2) -> str:
+def _judged(values: list[float], limit: float, digits: int) -> str:
     return f"{summary(values, digits)} {verdict(values, limit)}".rstrip()
 
 

@@ -57,7 +57,7 @@ class Meter:
     def abandon(self) -> None:
         """Cut off whoever is still there."""
         self.over = True
-        for guest in self._present:
+        for guest in list(self._present):
             guest.vanish()
 
     def _check(self) -> None:

@@ -121,7 +121,7 @@ def test_the_tables_of_the_readme_are_replaced_and_nothing_else(tmp_path: Path) 
     assert text.endswith("after\n")
     assert "old" not in text
     assert "(results/plot.png)" in text
-    assert "0.50 (0.50 to 0.50) met" in text
+    assert "0.500 (0.500 to 0.500) met" in text
     assert "41.0 (41.0 to 41.0) missed" in text
 
 
