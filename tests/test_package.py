@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
 
@@ -45,11 +46,15 @@ def test_a_name_that_is_not_there_is_an_attribute_error() -> None:
         from tunnel_asgi import no_such_name  # type: ignore[attr-defined]  # noqa: F401
 
 
+def test_it_knows_its_version() -> None:
+    assert tunnel_asgi.__version__ == version("tunnel-asgi")
+
+
 def test_nothing_is_imported_before_it_is_used() -> None:
     program = """
 import sys
 import tunnel_asgi
-heavy = {"asyncio", "cryptography", "h11", "jwt", "starlette", "uvicorn", "websockets"}
+heavy = {"asyncio", "cryptography", "email", "h11", "jwt", "starlette", "uvicorn", "websockets"}
 assert not heavy & set(sys.modules)
 tunnel_asgi.TunnelListener
 assert not {"uvicorn", "starlette", "h11"} & set(sys.modules)

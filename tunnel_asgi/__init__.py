@@ -12,7 +12,6 @@ Anything else that talks over a stream: ``TunnelListener``, ``start_tunnel_serve
 """
 
 import importlib
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -91,7 +90,7 @@ __all__ = [
     "start_tunnel_server",
 ]
 
-__version__ = version("tunnel-asgi")
+__version__: str
 
 if not TYPE_CHECKING:  # pragma: no branch
     # Nobody waits for what is not used: uvicorn, websockets, cryptography. pytest imports this package at every start.
@@ -110,6 +109,8 @@ if not TYPE_CHECKING:  # pragma: no branch
     _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
     def __getattr__(name: str) -> Any:
+        if name == "__version__":
+            return importlib.import_module("importlib.metadata").version("tunnel-asgi")
         if name not in __all__:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         module = importlib.import_module(f"{__name__}.{_HOME.get(name, 'errors')}")
