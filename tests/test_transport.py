@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tests.fakes import Recorder, settle, watch_unhandled
 from tests.support import run_async
-from tunnel_asgi.transport import HELD_LIMIT, HIGH_WATER, READ_SIZE, SLICE, TunnelTransport
+from tunnel_asgi.transport import HELD_LIMIT, HIGH_WATER, PROMPT, READ_SIZE, SLICE, TunnelTransport
 
 
 class FakeWire:
@@ -108,7 +108,7 @@ async def test_what_is_written_in_one_loop_iteration_leaves_as_one_message() -> 
 
 
 @run_async
-async def test_large_writes_leave_at_once_in_slices_of_32_kib() -> None:
+async def test_large_writes_leave_at_once_in_slices() -> None:
     stage = Stage()
     data = bytes(range(256)) * (3 * SLICE // 256) + b"rest"
     stage.transport.write(data)
@@ -118,7 +118,7 @@ async def test_large_writes_leave_at_once_in_slices_of_32_kib() -> None:
     await stage.lost()
 
 
-@pytest.mark.parametrize("size", [SLICE - 1, SLICE, SLICE + 1, 2 * SLICE])
+@pytest.mark.parametrize("size", [PROMPT, SLICE - 1, SLICE, SLICE + 1, 2 * SLICE])
 @run_async
 async def test_no_message_is_larger_than_a_slice_and_none_is_empty(size: int) -> None:
     stage = Stage()
@@ -136,8 +136,8 @@ async def test_no_message_is_larger_than_a_slice_and_none_is_empty(size: int) ->
 async def test_small_writes_that_had_to_wait_leave_joined() -> None:
     stage = Stage()
     stage.block()
-    for n in range(3 * SLICE):
-        stage.transport.write(bytes([n % 256]))
+    for _ in range(3 * SLICE // 256):
+        stage.transport.write(bytes(range(256)))
     stage.unblock()
     assert [len(message) for message in stage.wire.sent] == [SLICE] * 3
     assert b"".join(stage.wire.sent) == bytes(range(256)) * (3 * SLICE // 256)
@@ -641,6 +641,22 @@ async def test_a_large_message_is_delivered_in_pieces_and_a_pause_between_two_of
     stage.transport.resume_reading()
     await stage.lost()
     assert stage.wire.calls[:2] == ["pause", "resume"]
+
+
+@run_async
+async def test_the_wire_reads_on_after_a_resume_even_if_nothing_is_held_any_more() -> None:
+    stage = Stage()
+    stage.recorder.on["data"] = lambda data: stage.transport.pause_reading()
+    stage.transport.feed_data(b"x" * (READ_SIZE + 1))
+    stage.transport.resume_reading()
+    await settle()
+    assert len(stage.recorder.data) == READ_SIZE + 1
+    assert stage.wire.calls == ["pause"]
+    stage.transport.resume_reading()
+    await settle()
+    assert stage.wire.calls == ["pause", "resume"]
+    stage.transport.abort()
+    await stage.lost()
 
 
 @run_async
