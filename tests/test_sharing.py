@@ -12,15 +12,14 @@ import sys
 import threading
 import urllib.request
 from collections.abc import AsyncIterator, Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from websockets.asyncio.client import connect
+from websockets.sync.client import connect as connect_blocking
 
-import tunnel_asgi
 from tests.processes import relay_thread
 from tests.support import DOMAIN, KEY_ID, KEYS, SECRET, TEST_TIMEOUT, run_async
 from tunnel_asgi.errors import (
@@ -652,20 +651,18 @@ def test_ctrl_c_during_the_start_ends_it() -> None:
 
 
 def test_ctrl_c_while_it_closes_waits_for_nobody() -> None:
-    app = App("one")
-    with ThreadPoolExecutor() as visitors:
-        tunnel = share_in_thread(app, local=True)
-        slow = visitors.submit(read_blocking, f"{tunnel.url}/slow")
-        wait_in(tunnel, app.entered)
-        threading.Timer(0.2, interrupt).start()
-        with pytest.raises(KeyboardInterrupt):
-            tunnel.close()
-        assert slow.exception(TEST_TIMEOUT) is not None
+    class Clinging(App):
+        async def _echo(self, receive: Any, send: Any) -> None:
+            await super()._echo(receive, send)  # ends when the server closes it
+            interrupt()
+            await asyncio.Event().wait()
+
+    app = Clinging("one")
+    tunnel = share_in_thread(app, local=True)
+    with connect_blocking(tunnel.url.replace("http", "ws", 1), proxy=None), pytest.raises(KeyboardInterrupt):
+        tunnel.close()
     assert app.life == ["startup"]
-
-
-def wait_in(tunnel: tunnel_asgi.ThreadShare, event: asyncio.Event) -> None:
-    asyncio.run_coroutine_threadsafe(event.wait(), tunnel._loop).result(TEST_TIMEOUT)
+    assert not is_taken(tunnel.url)
 
 
 @pytest.mark.parametrize("raised", [None, ZeroDivisionError()])
