@@ -13,10 +13,13 @@ _CPUCLOCK_SCHED = 2  # clock_getcpuclockid(3): nanoseconds on a CPU, user and sy
 def cpu_seconds(pids: Iterable[int]) -> float:
     """User and system time of these processes and their children so far, to the microsecond.
 
-    It is the same account as the times in ``/proc/<pid>/stat``, which are rounded to 10 ms. A child that ended is
-    not counted, so that nothing may end between two looks whose difference counts.
+    It is the same account as the times in ``/proc/<pid>/stat``, which are rounded to 10 ms. A child that ended
+    is not counted, so none may end between two looks whose difference counts.
+
+    Raises:
+        ProcessLookupError: a process has ended.
     """
-    return sum(time.clock_gettime((~pid << 3) | _CPUCLOCK_SCHED) for pid in with_children(pids))
+    return sum(_cpu_seconds(pid) for pid in with_children(pids))
 
 
 def memory_kib(pids: Iterable[int]) -> int:
@@ -30,6 +33,13 @@ def with_children(pids: Iterable[int]) -> Iterator[int]:
         yield pid
         for thread in Path(f"/proc/{pid}/task").iterdir():
             yield from with_children(map(int, (thread / "children").read_text().split()))
+
+
+def _cpu_seconds(pid: int) -> float:
+    try:
+        return time.clock_gettime((~pid << 3) | _CPUCLOCK_SCHED)
+    except OSError:
+        raise ProcessLookupError(f"process {pid} has ended") from None
 
 
 def _private_kib(pid: int) -> int:

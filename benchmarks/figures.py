@@ -27,31 +27,32 @@ IDLE_SAMPLES = 6
 
 async def burst(pace: Pace, results: Results) -> None:
     """How long the last of many visitors waits for the first byte, if dials take as long as on a real network."""
+    found = {}
     for name, serve in (
         (Figure.BURST_TUNNEL, serve_tunnel(STACK, upgrade_delay=UPGRADE_DELAY)),
         (Figure.BURST_ONE_ACCEPT, serve_one_accept(STACK, upgrade_delay=UPGRADE_DELAY)),
     ):
         async with serve as server, staying(server, BURST) as crowd:
-            results.note(name, _p99(crowd.first_bytes) * 1000)
+            found[name] = _p99(crowd.first_bytes) * 1000
+    results.note(found)
 
 
 async def memory(pace: Pace, results: Results) -> None:
     """What an idle visitor connection and a waiting WebSocket hold."""
-    for name, serve in (
-        (Figure.VISITOR_PORT, serve_port(STACK)),
-        (Figure.VISITOR_TUNNEL, serve_tunnel(STACK)),
-    ):
+    found = {}
+    for name, serve in ((Figure.VISITOR_PORT, serve_port(STACK)), (Figure.VISITOR_TUNNEL, serve_tunnel(STACK))):
         async with serve as server, staying(server, FIRST):
             before = memory_kib(server.pids)
             async with staying(server, MEASURED):
-                results.note(name, (memory_kib(server.pids) - before) / MEASURED)
+                found[name] = (memory_kib(server.pids) - before) / MEASURED
     async with serve_tunnel(STACK, standby=FIRST) as few, serve_tunnel(STACK, standby=FIRST + MEASURED) as many:
-        more = memory_kib(many.pids) - memory_kib(few.pids)
-        results.note(Figure.WAITING, more / MEASURED)
+        found[Figure.WAITING] = (memory_kib(many.pids) - memory_kib(few.pids)) / MEASURED
+    results.note(found)
 
 
 async def startup(pace: Pace, results: Results) -> None:
     """From the start of the process to the first byte a visitor gets."""
+    found = {}
     for name, module, options in (
         (Figure.START_PORT, "uvicorn", ["--port", "0"]),
         (Figure.START_TUNNEL, "tunnel_asgi", ["--local", "--port", "0"]),
@@ -63,7 +64,8 @@ async def startup(pace: Pace, results: Results) -> None:
             assert server.match is not None
             running = Running(PortEntrance(int(server.match[1])), [server.pid])
             async with staying(running, 1) as crowd:
-                results.note(name, (begun + crowd.first_bytes[0]) * 1000)
+                found[name] = (begun + crowd.first_bytes[0]) * 1000
+    results.note(found)
 
 
 async def idle(pace: Pace, results: Results) -> None:
@@ -76,8 +78,7 @@ async def idle(pace: Pace, results: Results) -> None:
             started = time.perf_counter()
             await asyncio.sleep(pace.idle)
             seconds = time.perf_counter() - started
-            for name, pids in idlers.items():
-                results.note(name, 100 * (cpu_seconds(pids) - before[name]) / seconds)
+            results.note({name: 100 * (cpu_seconds(pids) - before[name]) / seconds for name, pids in idlers.items()})
 
 
 REPEATED: dict[str, Callable[[Pace, Results], Awaitable[None]]] = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -62,9 +62,10 @@ class Results:
     failures: list[str] = field(default_factory=list)
     """What could not be measured, and why."""
 
-    def note(self, name: Figure, value: float) -> None:
-        """Add a value to a figure."""
-        self.figures.setdefault(name, []).append(value)
+    def note(self, values: Mapping[Figure, float]) -> None:
+        """Add one value to each of these figures, which belong to the same round."""
+        for name, value in values.items():
+            self.figures.setdefault(name, []).append(value)
 
     def costs(self, stack: str, load: str, contender: str) -> list[float]:
         """CPU microseconds of one operation in each round."""

@@ -53,7 +53,7 @@ def make_results() -> Results:
     for number in range(2):
         for name, cost in (("port", 2.0), ("tunnel", 1.0)):
             results.samples.append(Sample("h11+asyncio", "get", name, number, 1_000_000, 4.0, cost, 1.0))
-        results.note(Figure.WAITING, 41.0)
+        results.note({Figure.WAITING: 41.0})
     return results
 
 
