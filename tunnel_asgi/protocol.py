@@ -8,6 +8,7 @@ moves each by one table, and may recycle the WebSocket when both are done. A mov
 from __future__ import annotations
 
 import enum
+import functools
 import ipaddress
 import re
 from dataclasses import dataclass
@@ -84,12 +85,16 @@ Event = Connected | Data | Ended | Dropped | Recycled
 class Direction(enum.Enum):
     """The state of one half of a visitor connection."""
 
+    __hash__ = object.__hash__  # Enum's own is written in Python, and slow
+
     IDLE = "idle"  # no visitor
     OPEN = "open"
     DONE = "done"
 
 
 class _Move(enum.Enum):
+    __hash__ = object.__hash__
+
     CONNECT = "CONNECT"
     DATA = "data"
     EOF = "EOF"
@@ -269,7 +274,9 @@ def _parse_connect(message: str) -> Connected:
 
 def printable(text: str) -> str:
     """What the peer says, for logs: one line, of a length one can read, without the token it may quote."""
-    line = "".join(character for character in text.strip() if character.isprintable())
+    line = text.strip()
+    if not line.isprintable():
+        line = "".join(character for character in line if character.isprintable())
     return without_token(line)[:MAX_LOGGED]
 
 
@@ -278,6 +285,7 @@ def without_token(text: str) -> str:
     return _TOKEN.sub("***", text)
 
 
+@functools.lru_cache  # visitors come back, and this is slow
 def _parse_ip(text: str) -> str | None:
     address = text.partition("%")[0]  # a zone id means nothing outside the server, and may hold any text
     try:
