@@ -4,6 +4,7 @@ import asyncio
 import itertools
 import logging
 import random
+import re
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -793,6 +794,66 @@ async def test_a_token_that_expired_during_an_outage_is_replaced(monkeypatch: py
         await pool.wait_ready()
         assert pool.failure is None
         await pool.aclose()
+
+
+@pytest.mark.parametrize("ahead", [-600, 600])
+@run_virtual
+async def test_a_clock_that_is_ten_minutes_off_is_named_when_the_key_is_refused(ahead: int) -> None:
+    async with relaying(clock=lambda: time.time() - ahead) as relay:
+        relay.refuse(401)
+        async with pooling(relay, 1) as pool:
+            with pytest.raises(AuthenticationFailed) as raised:
+                await pool.wait_ready()
+    direction = "ahead of" if ahead > 0 else "behind"
+    assert re.search(rf"this machine's clock is (599|600|601) s {direction} the server's", str(raised.value))
+
+
+# A path that fails
+
+
+@run_virtual
+async def test_a_path_that_goes_silent_is_given_up_after_40_seconds_and_the_pool_is_whole_again() -> None:
+    async with relaying() as relay, pooling(relay, 2) as pool:
+        await relay.wait_for_waiting(2)
+        async with visitors(relay, 1):
+            await relay.wait_for_waiting(2)
+            start = virtual_loop().time()
+            stalled = list(relay.tunnels)
+            for tunnel in stalled:
+                tunnel.stall()
+            [protocol] = pool.protocols
+            await protocol.lost.wait()
+            await relay.wait_until(lambda relay: relay.dials == 3 + 2)
+            await until(pool, lambda: pool.waiting == 2 and not pool.busy)
+            assert virtual_loop().time() - start <= 41
+            for tunnel in stalled:
+                tunnel.unstall()
+        assert await visit(relay) == b"QUESTION"
+
+
+@pytest.mark.parametrize("path", ["held", "lost"])
+@run_virtual
+async def test_a_machine_that_slept_for_an_hour_keeps_what_lives_and_replaces_what_does_not(path: str) -> None:
+    async with relaying() as relay, pooling(relay, 2) as pool, visitors(relay, 1) as [guest]:
+        await relay.wait_for_waiting(2)
+        await asyncio.sleep(7)
+        asleep = list(relay.tunnels) if path == "lost" else []
+        for tunnel in asleep:
+            tunnel.stall()
+        virtual_loop().advance(3600)
+        if path == "held":
+            await guest.send(b"still")
+            assert await guest.read(5) == b"STILL"
+            await asyncio.sleep(120)
+            assert relay.dials == 3, "what lives was given up"
+        else:
+            start = virtual_loop().time()
+            await relay.wait_until(lambda relay: relay.dials == 3 + 2)
+            await until(pool, lambda: pool.waiting == 2 and not pool.busy)
+            assert virtual_loop().time() - start <= 41
+            for tunnel in asleep:
+                tunnel.unstall()
+            assert await visit(relay) == b"QUESTION"
 
 
 # The end
