@@ -556,7 +556,7 @@ async def test_a_server_connection_of_websockets_has_what_the_relay_reaches_into
 
 def test_h11_has_what_the_strict_connection_reads() -> None:
     connection = h11.Connection(h11.SERVER, 100)
-    check_names(connection, "trailing_data their_state next_event", used_in="guard.py")
+    check_names(connection, "their_state next_event", used_in="strict.py")
     assert connection.their_state is h11.IDLE
     connection.receive_data(b"GET / HTTP/1.1\r\nHost: x")
     assert connection.next_event() is h11.NEED_DATA
@@ -580,7 +580,7 @@ def test_the_buffer_of_h11_can_be_looked_into_without_a_copy_and_is_what_is_not_
         while event not in (h11.NEED_DATA, h11.PAUSED):
             event = connection.next_event()
             buffer: Any = connection._receive_buffer
-            check_names(buffer, "_data", used_in="guard.py")
+            check_names(buffer, "_data", used_in="strict.py")
             assert type(buffer._data) is bytearray
             assert (bytes(buffer._data), len(buffer)) == (connection.trailing_data[0], len(connection.trailing_data[0]))
 
@@ -591,7 +591,7 @@ def test_h11_takes_the_framing_of_a_chunk_and_all_trailers_together_with_their_e
     connection.next_event()
     framing = [b"3;" + b"e" * 5000 + b"\r\n", b"\r\n3\r\n", b"\r\n0\r\nX: " + b"t" * 5000 + b"\r\n\r\n"]
     connection.receive_data(b"abc".join(framing))
-    for around in framing:  # why the guard may judge what stands around the bytes by its first FRAMING_LIMIT bytes
+    for around in framing:  # why what stands around the bytes may be judged by its first FRAMING_LIMIT bytes
         before = len(connection.trailing_data[0])
         event = connection.next_event()
         taken = before - len(connection.trailing_data[0])

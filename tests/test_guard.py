@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from uvicorn.server import ServerState
 
 from tests.support import run_async, run_virtually, served, visiting
-from tunnel_asgi.guard import FRAMING_LIMIT, Timeouts, guarded, guarded_websocket
+from tunnel_asgi.guard import Timeouts, guarded, guarded_websocket
+from tunnel_asgi.strict import FRAMING_LIMIT, HEAD_LIMIT
 from tunnel_asgi.transport import TunnelTransport
 
 PARSERS = ["h11", "httptools"]
@@ -23,7 +24,6 @@ WEBSOCKETS = ["websockets-sansio", "wsproto"]
 
 KEEP_ALIVE = 5.0  # seconds; uvicorn's default
 TIMEOUTS = Timeouts(first_byte=10, head=20, body=30)
-HEAD_LIMIT = 64 * 1024
 
 HOST = b"Host: x\r\n"
 CHUNKED = b"Transfer-Encoding: chunked"
