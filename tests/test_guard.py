@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from uvicorn.server import ServerState
 
 from tests.support import run_async, run_virtually, served, visiting
-from tunnel_asgi.guard import Timeouts, guarded, guarded_websocket
+from tunnel_asgi.guard import LAST_CALL, Timeouts, guarded, guarded_websocket
 from tunnel_asgi.strict import FRAMING_LIMIT, HEAD_LIMIT
 from tunnel_asgi.transport import TunnelTransport
 
@@ -1155,6 +1155,44 @@ async def test_a_shutdown_closes_an_idle_connection_and_lets_a_request_finish(pa
     app.gates["/1"].set()
     await line.wait_closed()
     assert line.statuses == [200]
+
+
+@parsers
+@pytest.mark.parametrize("before", [b"", b"G", request()[:-1], request() + request()[:-1]])
+@pytest.mark.parametrize("timeouts", [TIMEOUTS, Timeouts(0, 0, 0)])
+@run_virtually
+async def test_a_request_that_is_on_its_way_at_a_shutdown_is_answered_and_is_the_last(
+    parser: str, before: bytes, timeouts: Timeouts
+) -> None:
+    line = Line(parser, App(), timeouts=timeouts)
+    await line.send(before)
+    line.protocol.shutdown()
+    assert line.open
+    await asyncio.sleep(0.9)
+    await line.send(request()[len(before) % len(request()) :])
+    await line.wait_closed()
+    assert set(line.statuses) == {200}
+
+
+@parsers
+@pytest.mark.parametrize("timeouts", [TIMEOUTS, Timeouts(0, 0, 0)])
+@run_virtually
+async def test_a_shutdown_does_not_wait_long_for_a_visitor_who_says_nothing(parser: str, timeouts: Timeouts) -> None:
+    line = Line(parser, App(), timeouts=timeouts)
+    line.protocol.shutdown()
+    assert await line.wait_closed() == LAST_CALL
+    assert line.statuses == []
+
+
+@parsers
+@pytest.mark.parametrize("ws", WEBSOCKETS)
+@run_virtually
+async def test_an_upgrade_that_is_on_its_way_at_a_shutdown_does_not_hold_it_up(parser: str, ws: str) -> None:
+    line = Line(parser, App(), ws=ws)
+    line.protocol.shutdown()
+    await line.send(request(*UPGRADE))
+    await line.wait_closed()
+    assert line.wire.sent.startswith(b"HTTP/1.1 ")
 
 
 @pytest.mark.parametrize("ws", WEBSOCKETS)

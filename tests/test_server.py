@@ -1107,6 +1107,37 @@ def test_a_signal_lets_requests_finish_and_tells_websockets_1012(
     assert caught == [number]
 
 
+@parsers
+@run_async
+async def test_whoever_reached_the_app_is_answered_while_it_drains_and_whoever_did_not_is_told_by_the_relay(
+    http: str,
+) -> None:
+    app = App(index=hello)
+    answers: list[bytes] = []
+
+    async def come_again_and_again(relay: Relay, server: Server) -> None:
+        while not server.should_exit:
+            for _ in range(3):  # the last of them come while it drains
+                async with visiting(relay) as visitor:
+                    await visitor.send(get("/", "Connection: close"))
+                    answers.append(await visitor.read_all())
+
+    async with Relay(keys=KEYS, domain=DOMAIN, hold_timeout=0.1) as relay:
+        server = make_server(app, relay, http=http, standby=4)
+        serving = asyncio.create_task(server.serve())
+        await relay.wait_for_waiting(4)
+        guests = [asyncio.create_task(come_again_and_again(relay, server)) for _ in range(20)]
+        await relay.wait_until(lambda relay: relay.visitors_served > 200)
+        server.should_exit = True
+        await asyncio.gather(*guests)
+        await serving
+        assert relay.violations == []
+    statuses = [answer[9:12] for answer in answers]
+    assert set(statuses) <= {b"200", b"502", b"503"}
+    assert statuses.count(b"200") == len(app.scopes), "a request reached the app, and its answer not the visitor"
+    assert all(answer.endswith(b"hello") for answer in answers if answer[9:12] == b"200")
+
+
 def test_a_graceful_shutdown_is_bounded(caught: list[int], caplog: pytest.LogCaptureFixture) -> None:
     app = App(index=stream_for_ever, chat=stubborn_chat)
 
