@@ -43,7 +43,8 @@ def run(pytester: pytest.Pytester) -> Callable[..., pytest.RunResult]:
 
     def run(tests: str, *arguments: str) -> pytest.RunResult:
         pytester.makepyfile(APPS + tests)
-        return pytester.runpytest("-p", "no:cacheprovider", *arguments)
+        # Not in this process, where modules it is the first to import would be imported twice: that confuses httpx.
+        return pytester.runpytest_subprocess("-p", "no:cacheprovider", *arguments, timeout=50)
 
     return run
 
