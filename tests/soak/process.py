@@ -79,13 +79,16 @@ class ServingProcess:
 
 
 @asynccontextmanager
-async def serving_process(server_url: str, *, http: str, loop: str, standby: int) -> AsyncIterator[ServingProcess]:
+async def serving_process(
+    server_url: str, *, http: str, loop: str, standby: int, max_connections: int
+) -> AsyncIterator[ServingProcess]:
     """A serving process whose WebSockets wait at this tunnel server."""
     arguments = {
         "--domain": str(DOMAIN),
         "--server": server_url,
         "--key-id": KEY_ID,
         "--standby": str(standby),
+        "--max-connections": str(max_connections),
         "--http": http,
         "--loop": loop,
     }

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import ctypes
+import dataclasses
 import gc
 import json
 import logging
@@ -66,6 +67,9 @@ def main() -> None:
         timeout_request_head=PATIENCE,
         timeout_request_body=PATIENCE,
     )
+    # Nobody may be closed to make room for others either, so there is always room.
+    assert config.tunnel is not None
+    config.tunnel = dataclasses.replace(config.tunnel, max_connections=options.max_connections)
     server = Server(config, on_started=lambda: _listen(server, problems))
     server.run()
 
@@ -76,6 +80,7 @@ def _parse_arguments() -> argparse.Namespace:
     parser.add_argument("--server", required=True)
     parser.add_argument("--key-id", required=True)
     parser.add_argument("--standby", type=int, required=True)
+    parser.add_argument("--max-connections", type=int, required=True)
     parser.add_argument("--http", required=True)
     parser.add_argument("--loop", required=True)
     return parser.parse_args()

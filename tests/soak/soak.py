@@ -80,7 +80,13 @@ class Soak:
         ground, options = self._ground, self._options
         await ground.begin()
         try:
-            process = serving_process(ground.relay.server_url, http=options.http, loop=options.loop, standby=STANDBY)
+            process = serving_process(
+                ground.relay.server_url,
+                http=options.http,
+                loop=options.loop,
+                standby=STANDBY,
+                max_connections=2 * options.visitors,
+            )
             async with process as serving:
                 await self._phases(serving)
         finally:
