@@ -73,8 +73,11 @@ async def test_what_an_app_yields_arrives_piece_by_piece(http: str) -> None:
 
 
 @parsers
+@pytest.mark.parametrize("body", [b"", b"never read", bytes(2 * 64 * 1024)], ids=["no body", "unread", "large"])
 @run_async
-async def test_an_answer_without_end_ends_when_its_visitor_leaves(http: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_answer_without_end_ends_when_its_visitor_leaves(
+    http: str, body: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(wsgi, "THREADS", 1)  # a thread that is not given back would be missed
     answer = Answer(endless=True)
 
@@ -85,9 +88,8 @@ async def test_an_answer_without_end_ends_when_its_visitor_leaves(http: str, mon
         return [b"next"]
 
     async with served(app, interface="wsgi", http=http) as site, site.client() as client:
-        async with client.stream("GET", "/endless") as response:
+        async with client.stream("POST", "/endless", content=body) as response:
             assert await anext(response.aiter_lines()) == "first"
-        await site.relay.wait_until(lambda relay: not relay.held)
         answer.go_on.set()
         await happened(answer.closed)
         assert (await client.get("/")).text == "next"
@@ -186,6 +188,49 @@ async def test_an_upload_cut_short_is_an_error_and_never_a_short_body(http: str)
         await happened(read)
     [error] = caught
     assert isinstance(error, ConnectionResetError)
+
+
+@parsers
+@run_async
+async def test_a_visitor_who_left_is_an_error_however_often_the_app_reads(http: str) -> None:
+    caught: list[str] = []
+    read = threading.Event()
+
+    def app(environ: Environ, start_response: StartResponse) -> list[bytes]:
+        for _ in range(3):
+            try:
+                environ["wsgi.input"].read(100)
+            except OSError as error:
+                caught.append(type(error).__name__)
+        read.set()
+        start_response("400 Bad Request", PLAIN)
+        return []
+
+    async with served(app, interface="wsgi", http=http) as site:
+        async with visiting(site.relay) as visitor:
+            await visitor.send(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 50\r\n\r\nhalf")
+        await happened(read)
+    assert caught == ["ConnectionResetError"] * 3
+
+
+@parsers
+@pytest.mark.parametrize("refused", [True, False])
+@run_async
+async def test_100_continue_is_sent_when_the_app_reads_and_not_before_it_could_refuse(http: str, refused: bool) -> None:
+    def app(environ: Environ, start_response: StartResponse) -> list[bytes]:
+        body = b"" if refused else environ["wsgi.input"].read()
+        start_response("403 Forbidden" if refused else "200 OK", PLAIN)
+        return [body]
+
+    head = b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\nExpect: 100-continue\r\nConnection: close\r\n\r\n"
+    async with served(app, interface="wsgi", http=http) as site, visiting(site.relay) as visitor:
+        await visitor.send(head)
+        if refused:
+            assert (await visitor.read_all()).startswith(b"HTTP/1.1 403 ")
+            return
+        await visitor.read(len(b"HTTP/1.1 100"))
+        await visitor.send(b"hello")
+        assert b"hello" in await visitor.read_all()
 
 
 @parsers

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["WSGIApp"]
 
 THREADS = 40  # requests at once, as Starlette has for functions that block; a slow visitor holds one
+READ_AHEAD = 4  # pieces of a request body that the app has not asked for, each of 64 KiB or so
 
 GONE = "tunnel_asgi.gone"
 """Key in a request's scope: whether somebody still waits for the answer."""
@@ -45,14 +46,14 @@ class WSGIApp:
         if scope["type"] != "http":
             await self._middleware(scope, receive, send)
             return
-        visitor = _Visitor(scope, receive)
+        visitor = _Visitor(receive, send)
         watch = asyncio.create_task(visitor.watch())
         try:
             async with self._threads:
-                await self._middleware({**scope, GONE: visitor.gone}, visitor.receive, send)
+                await self._middleware({**scope, GONE: visitor.gone}, visitor.receive, visitor.send)
         finally:
-            visitor.gone.set()
             watch.cancel()
+            visitor.leave()
             await asyncio.wait([watch])
 
     def _run(self, environ: Environ, start_response: Callable[..., Any]) -> Generator[bytes]:
@@ -92,14 +93,17 @@ class _Threads(Executor):
 
 
 class _Visitor:
-    """What comes from the visitor of one request, and when it leaves."""
+    """Both directions of one request. What comes is read a little ahead, or nobody would notice a visitor who leaves.
 
-    def __init__(self, scope: Any, receive: Any) -> None:
+    But not before the app reads or answers: until then it may still refuse a body that waits for ``100 Continue``.
+    """
+
+    def __init__(self, receive: Any, send: Any) -> None:
         self.gone = threading.Event()
         self._receive = receive
-        self._body_read = asyncio.Event()
-        if not {b"content-length", b"transfer-encoding"} & {name for name, _ in scope["headers"]}:
-            self._body_read.set()
+        self._send = send
+        self._begun = asyncio.Event()
+        self._ahead: asyncio.Queue[Message] = asyncio.Queue(READ_AHEAD)
 
     async def receive(self) -> Message:
         """A piece of the body.
@@ -107,23 +111,32 @@ class _Visitor:
         Raises:
             ConnectionResetError: the visitor left before its end.
         """
-        if self._body_read.is_set():
-            return {"type": "http.request", "body": b"", "more_body": False}
-        message: Message = await self._receive()
+        self._begun.set()
+        message = await self._ahead.get()
         if message["type"] == "http.disconnect":
-            self.gone.set()
+            self.leave()
             raise ConnectionResetError("the visitor left before the end of the request body")
-        if not message.get("more_body"):
-            self._body_read.set()
         return message
 
+    async def send(self, message: Message) -> None:
+        await self._send(message)
+        self._begun.set()
+
     async def watch(self) -> None:
-        """Notice when the visitor leaves, once nobody reads the body any more."""
-        await self._body_read.wait()
+        """Read ahead until the visitor leaves."""
+        await self._begun.wait()
         while not self.gone.is_set():
             message = await self._receive()
             if message["type"] == "http.disconnect":
                 self.gone.set()
+            await self._ahead.put(message)
+
+    def leave(self) -> None:
+        """Nothing more comes, for whoever still asks."""
+        self.gone.set()
+        while not self._ahead.empty():
+            self._ahead.get_nowait()
+        self._ahead.put_nowait({"type": "http.disconnect"})
 
 
 class _Input(io.RawIOBase):
