@@ -24,6 +24,9 @@ from tunnel_asgi.strict import FRAMING_LIMIT, HEAD_LIMIT, BadRequest, StrictConn
 __all__ = ["GuardedH11Protocol", "Timeouts", "guarded", "guarded_websocket"]
 
 
+LAST_CALL = 1.0  # seconds for the first byte of a visitor who came just before a shutdown
+
+
 @dataclass(frozen=True)
 class Timeouts:
     """Seconds a visitor may take; 0 means for ever."""
@@ -69,6 +72,7 @@ class _Guard(_OrderlyShutdown):
     _deadline = 0.0
     _timer: asyncio.TimerHandle | None = None
     _stopped = False
+    _last_request = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
@@ -81,6 +85,8 @@ class _Guard(_OrderlyShutdown):
         needed = self._input_needed()
         if needed != self._awaiting or needed == "body":  # each piece of a body has a deadline of its own
             self._await(needed)
+        if self._last_request:
+            self._shut_down_after_it()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop()
@@ -180,6 +186,32 @@ class _Guard(_OrderlyShutdown):
             self.transport.close()
         else:
             self.refuse(408, f"The request {self._awaiting} took too long.")
+
+    def shutdown(self) -> None:
+        if not self._request_is_coming():
+            super().shutdown()
+            return
+        self._last_request = True
+        if self._awaiting == "first_byte":
+            self._hurry()
+
+    def _request_is_coming(self) -> bool:
+        """Of a visitor who has just come, it nearly always is; what was handed to us must be answered."""
+        answering = self.cycle is not None and not self.cycle.response_complete
+        return self._awaiting in ("first_byte", "head") and not answering and not self._stopped
+
+    def _hurry(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._deadline = self.loop.time() + LAST_CALL
+        self._timer = self.loop.call_at(self._deadline, self._check_deadline)
+
+    def _shut_down_after_it(self) -> None:
+        protocol: Any = self.transport.get_protocol()
+        if protocol is not self:  # a WebSocket
+            protocol.shutdown()
+        elif not self._request_is_coming():
+            super().shutdown()
 
     def _app_is_slow(self) -> bool:
         """Whether the visitor waits for the app, not the app for the visitor."""
