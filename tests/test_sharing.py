@@ -12,6 +12,7 @@ import sys
 import threading
 import urllib.request
 from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -583,6 +584,31 @@ def test_a_share_in_a_thread_serves_until_it_is_closed() -> None:
     assert not is_taken(tunnel.url)
     with pytest.raises(ListenerClosed):
         tunnel.swap(App("two"))
+
+
+def test_however_many_threads_close_it_each_returns_when_it_is_closed() -> None:
+    app = App("one")
+    tunnel = share_in_thread(app, local=True)
+
+    def close() -> list[str]:
+        tunnel.close()
+        return list(app.life)
+
+    with ThreadPoolExecutor(4) as threads:
+        closings = [threads.submit(close) for _ in range(4)]
+        assert [closing.result(TEST_TIMEOUT) for closing in closings] == [["startup", "shutdown"]] * 4
+
+
+def test_a_swap_that_has_not_ended_when_the_tunnel_closes_is_told_so() -> None:
+    begun = threading.Event()
+    new = NeverReady(on_startup=begun.set)
+    with ThreadPoolExecutor(1) as threads:
+        with share_in_thread(App("old"), local=True) as tunnel:
+            swapping = threads.submit(tunnel.swap, new)
+            assert begun.wait(TEST_TIMEOUT)
+        with pytest.raises(ListenerClosed, match="closed meanwhile"):
+            swapping.result(TEST_TIMEOUT)
+    assert new.cancelled
 
 
 def test_several_threads_do_not_mix() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
 import copy
 import threading
@@ -278,6 +279,8 @@ class ThreadShare:
         self._stop = asyncio.Event()
         self._loop = new_loop()
         self._thread = threading.Thread(target=self._run, name="tunnel-asgi share", daemon=True)
+        self._gate = threading.RLock()  # who closes holds it, so that nobody is left waiting for a loop that has ended
+        self._ended = False
 
     @property
     def url(self) -> str:
@@ -315,14 +318,15 @@ class ThreadShare:
                 raise
 
     def close(self) -> None:
-        """As ``Share.close``; then the thread ends. Idempotent."""
-        if not self._thread.is_alive():
-            return
+        """As ``Share.close``; then the thread ends. Idempotent, and whoever else calls it meanwhile waits as well."""
         self._check_thread()
-        try:
-            self._call(self._share.close)
-        finally:
-            self._end()
+        with self._gate:
+            if self._ended:
+                return
+            try:
+                self._call(self._share.close)
+            finally:
+                self._end()
 
     def _open(self) -> None:
         self._thread.start()
@@ -333,6 +337,7 @@ class ThreadShare:
             raise
 
     def _end(self) -> None:
+        self._ended = True
         self._loop.call_soon_threadsafe(self._stop.set)
         self._thread.join()
 
@@ -343,11 +348,14 @@ class ThreadShare:
     def _call(self, method: Callable[P, Coroutine[Any, Any, T]], *args: P.args, **kwargs: P.kwargs) -> T:
         """Run it in the thread's loop. An interrupt here cancels it there."""
         self._check_thread()
-        if not self._thread.is_alive():
-            raise ListenerClosed("the tunnel is closed")
-        future = asyncio.run_coroutine_threadsafe(method(*args, **kwargs), self._loop)
+        with self._gate:
+            if self._ended:
+                raise ListenerClosed("the tunnel is closed")
+            future = asyncio.run_coroutine_threadsafe(method(*args, **kwargs), self._loop)
         try:
             return future.result()
+        except concurrent.futures.CancelledError:
+            raise ListenerClosed("the tunnel was closed meanwhile") from None
         except BaseException:
             future.cancel()
             raise
