@@ -333,8 +333,8 @@ def test_a_key_file_on_the_command_line_comes_before_a_key_of_the_setting() -> N
         ({"local": True, "port": -1}, {}, "port must not be negative"),
         ({"local": True, "port": 70000}, {}, "port must be at most 65535"),
         ({}, {"timeout_request_body": -0.5}, "timeout_request_body must not be negative"),
-        ({"port": 8000}, {}, "--port belongs to --local"),
-        ({"tls": True}, {"port": 8000}, "--tls belongs to --local"),
+        ({"port": 8000}, {}, "--port goes with --local"),
+        ({"tls": True}, {"port": 8000}, "--tls goes with --local"),
     ],
 )
 def test_options_out_of_form_are_told_by_name(given: dict[str, Any], setting: Any, complaint: str) -> None:

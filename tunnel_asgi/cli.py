@@ -8,6 +8,7 @@ import os
 import re
 import sys
 from importlib.metadata import version
+from pathlib import PurePath
 from typing import Any, NoReturn, TextIO
 
 import click
@@ -16,11 +17,12 @@ from uvicorn.config import STARTUP_FAILURE
 from uvicorn.main import main as uvicorn_command
 
 from tunnel_asgi.config import DEFAULT_SERVER_URL, TunnelConfig
-from tunnel_asgi.errors import TunnelError
+from tunnel_asgi.errors import AppLoadFailed, ConfigError, TunnelError
 from tunnel_asgi.guard import Timeouts
 from tunnel_asgi.pool import STANDBY
 from tunnel_asgi.server import GRACEFUL_SHUTDOWN, SOCKET_OPTIONS, logging_config
 from tunnel_asgi.supervisor import run
+from tunnel_asgi.tracebacks import failed_while_loading, print_app_frames
 
 __all__ = ["tunnel_asgi"]
 
@@ -36,7 +38,11 @@ DIFFERENT_DEFAULTS: dict[str, Any] = {
 _HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110 section 5.6.2
 _HEADER_VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")  # section 5.5
 
-EPILOG = "Without an account: tunnel-asgi main:app --local"
+NO_PORT = "a tunnel opens no port"
+VISITORS_TLS = "the visitor's TLS ends at the tunnel server"
+
+ONLY_LOCAL = {"port": NO_PORT, "tls": VISITORS_TLS}
+"""Our options that go with ``--local``, and why."""
 
 
 def _uvicorn_parameters() -> list[click.Parameter]:
@@ -49,6 +55,44 @@ def _uvicorn_parameters() -> list[click.Parameter]:
         if parameter.name == "app":
             parameter.envvar = "TUNNEL_ASGI_APP"
     return taken
+
+
+def _is_uvicorns(parameter: click.Parameter) -> bool:
+    theirs = {one.name for one in uvicorn_command.params} - IGNORED_UVICORN_OPTIONS
+    return parameter.name in theirs
+
+
+def _why_left_out(option: str) -> str | None:
+    """A word about uvicorn's options for sockets, which its users will try."""
+    name = option.lstrip("-").replace("-", "_")
+    if name not in SOCKET_OPTIONS:
+        return None
+    if name.startswith("ssl"):
+        return f"there is no {option}: {VISITORS_TLS}. For https on this machine: --local --tls"
+    if name == "http2":
+        return f"there is no {option}: the tunnel carries HTTP/1.1. Leave it out"
+    return f"there is no {option}: {NO_PORT}, and --local serves 127.0.0.1 only. Leave it out"
+
+
+class Command(click.Command):
+    """Tells our options from uvicorn's in its help, and knows those of uvicorn that have no meaning here."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            if reason := _why_left_out(error.option_name):
+                raise click.UsageError(reason, ctx) from None
+            raise
+        except click.MissingParameter:  # only APP must be there
+            raise click.UsageError("APP is missing: name the module and the app in it, such as main:app", ctx) from None
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        options = [one for one in self.get_params(ctx) if isinstance(one, click.Option)]
+        for title, uvicorns in (("Options", False), ("Options of uvicorn, with its meaning", True)):
+            records = [one.get_help_record(ctx) for one in options if _is_uvicorns(one) is uvicorns]
+            with formatter.section(title):
+                formatter.write_dl([record for record in records if record is not None])
 
 
 def _with_uvicorn_parameters(command: click.Command) -> click.Command:
@@ -83,13 +127,13 @@ def _open_missing_streams() -> None:
             setattr(sys, name, stream)
 
 
-def _fail(message: object, code: int) -> NoReturn:
-    click.secho(f"Error: {message}", err=True, fg="red")
-    sys.exit(code)
+def _fail(error: TunnelError) -> NoReturn:
+    click.secho(f"Error: {error}", err=True, fg="red")
+    sys.exit(STARTUP_FAILURE)
 
 
 @_with_uvicorn_parameters
-@click.command(context_settings={"auto_envvar_prefix": "TUNNEL_ASGI"}, epilog=EPILOG)
+@click.command(cls=Command, context_settings={"auto_envvar_prefix": "TUNNEL_ASGI"})
 @click.option(
     "--domain",
     envvar="SMALLWARE_DOMAIN",
@@ -102,7 +146,7 @@ def _fail(message: object, code: int) -> NoReturn:
     help="Access key. Other users of this machine can read it in the process list: rather set SMALLWARE_KEY, "
     "or use --key-file.",
 )
-@click.option("--key-file", type=click.Path(dir_okay=False), help="File that holds the access key.")
+@click.option("--key-file", type=click.Path(), metavar="FILE", help="File that holds the access key.")
 @click.option("--key-id", envvar="SMALLWARE_KEY_ID", metavar="ID", help="Makes the whole key the secret of this id.")
 @click.option(
     "--server",
@@ -114,7 +158,8 @@ def _fail(message: object, code: int) -> NoReturn:
 @click.option(
     "--trust-ca",
     envvar="SMALLWARE_TRUST_CA",
-    type=click.Path(dir_okay=False),
+    type=click.Path(),
+    metavar="FILE",
     help="PEM file with a CA to trust in addition to the system's.",
 )
 @click.option(
@@ -187,7 +232,7 @@ def _fail(message: object, code: int) -> NoReturn:
 def tunnel_asgi(context: click.Context, /, **options: Any) -> None:
     """Serve the ASGI app APP, such as main:app, through a tunnel. No port is opened.
 
-    The access key comes from SMALLWARE_KEY or --key-file.
+    The access key comes from SMALLWARE_KEY or --key-file. Without an account: tunnel-asgi main:app --local
     """
     _open_missing_streams()
     if _is_given(context, "key"):
@@ -196,21 +241,40 @@ def tunnel_asgi(context: click.Context, /, **options: Any) -> None:
             err=True,
             fg="yellow",
         )
-    _settle_local(context, options)
     if options["log_config"] is None:
         options["log_config"] = _log_config()
     options["headers"] = [_header(text) for text in options["headers"]]
     for name in ("reload_dirs", "reload_includes", "reload_excludes"):
         options[name] = list(options[name]) or None
     try:
+        _check_app(options["app"])
+        _settle_local(context, options)
         run(**options)
     except TunnelError as error:
-        _fail(error, STARTUP_FAILURE)
+        _fail(error)
+    except Exception as error:
+        if not failed_while_loading(error):
+            raise
+        print_app_frames(error)
+        sys.exit(STARTUP_FAILURE)
 
 
 def _is_given(context: click.Context, name: str) -> bool:
     """Whether the option stands on the command line itself."""
     return context.get_parameter_source(name) is ParameterSource.COMMANDLINE
+
+
+def _check_app(text: str) -> None:
+    """Only its form, for those who give a file, or forget half of the name."""
+    module, _, attribute = text.partition(":")
+    is_path = "/" in module or module.startswith(".") or module.endswith(".py")
+    if module and attribute and not is_path:
+        return
+    path = PurePath(module)
+    remedy = f"{path.name.removesuffix('.py').strip('.') or 'main'}:{attribute or 'app'}"
+    if path.parent.name:
+        remedy += f" --app-dir {path.parent}"
+    raise AppLoadFailed(f"{text!r} does not name an app: expected module:attribute, such as {remedy}")
 
 
 def _settle_local(context: click.Context, options: dict[str, Any]) -> None:
@@ -219,9 +283,9 @@ def _settle_local(context: click.Context, options: dict[str, Any]) -> None:
         for name in ("domain", "server_url"):
             options[name] = options[name] if _is_given(context, name) else None
         return
-    for name in ("port", "tls"):
+    for name, reason in ONLY_LOCAL.items():
         if _is_given(context, name):
-            raise click.UsageError(f"--{name} belongs to --local; a tunnel opens no port")
+            raise ConfigError(f"--{name} goes with --local: {reason}. Add --local, or leave out --{name}")
 
 
 def _header(text: str) -> tuple[str, str]:

@@ -70,7 +70,7 @@ def settle(given: Mapping[str, Any], setting: object) -> dict[str, Any]:
         return options
     for name in ("port", "tls"):
         if line.get(name):
-            raise ConfigError(f"--{name} belongs to --local; a tunnel opens no port")
+            raise ConfigError(f"--{name} goes with --local: add that, or leave out --{name}")
     return _without(options, "port", "tls")
 
 
