@@ -78,6 +78,16 @@ def test_only_what_the_user_gave_is_a_value_error(cls: type[TunnelError]) -> Non
             "'www.example' is not a tunnel domain: it has no shard; "
             "expected <service>-<name>-<customer>.<shard>.smallware.io",
         ),
+        (
+            InvalidDomain("www.example", "it has no shard", suffix="example.com"),
+            "'www.example' is not a tunnel domain: it has no shard; "
+            "expected <service>-<name>-<customer>.<shard>.example.com",
+        ),
+        (
+            InvalidDomain("www.example", "it has no shard", suffix=None),
+            "'www.example' is not a tunnel domain: it has no shard; "
+            "expected <service>-<name>-<customer>.<shard>.<host name>",
+        ),
         (InvalidKey("the key file k is empty"), "the key file k is empty"),
         (InvalidServerURL("ftp://x", "no"), "cannot use the tunnel server URL 'ftp://x': no"),
         (
@@ -108,7 +118,7 @@ def test_the_facts_of_an_error_are_attributes() -> None:
     domain = InvalidDomain("www.example", "it has no shard")
     url = InvalidServerURL("ftp://x", "no")
     lost = ConnectionFailed("wss://x", "timed out")
-    assert (domain.domain, domain.reason) == ("www.example", "it has no shard")
+    assert (domain.domain, domain.reason, domain.suffix) == ("www.example", "it has no shard", "smallware.io")
     assert (url.url, url.reason) == ("ftp://x", "no")
     assert (lost.url, lost.reason) == ("wss://x", "timed out")
 

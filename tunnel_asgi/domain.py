@@ -37,28 +37,30 @@ class TunnelDomain:
         Raises:
             InvalidDomain: the text has another form. The message says which part is wrong.
         """
+
+        def wrong(reason: str) -> InvalidDomain:
+            return InvalidDomain(text, reason, suffix)
+
         folded = text.lower() if text.isascii() else text  # lower() makes a k of the Kelvin sign
         if "://" in folded:
-            raise InvalidDomain(text, "it is a URL; give the host name only")
+            raise wrong("it is a URL; give the host name only")
         labels = folded.split(".")
         if len(labels) < 3 or (suffix is not None and len(labels) != 2 + len(suffix.split("."))):
-            raise InvalidDomain(text, "it has the wrong number of dot-separated labels")
+            raise wrong("it has the wrong number of dot-separated labels")
         if len(folded) > MAX_NAME or any(len(label) > MAX_LABEL for label in labels):
-            raise InvalidDomain(text, f"a label may have {MAX_LABEL} characters, the whole {MAX_NAME}")
+            raise wrong(f"a label may have {MAX_LABEL} characters, the whole {MAX_NAME}")
 
         parts = labels[0].split("-")
         if len(parts) != 3:
-            raise InvalidDomain(
-                text, "the first label must have three dash-separated parts, so no part may hold a dash"
-            )
+            raise wrong("the first label must have three dash-separated parts, so no part may hold a dash")
         if not all(_PART.fullmatch(part) for part in (*parts, labels[1])):
-            raise InvalidDomain(text, "each part must be letters a-z and digits, and none may be empty")
+            raise wrong("each part must be letters a-z and digits, and none may be empty")
 
         given = ".".join(labels[2:])
         if suffix is not None and given != suffix:
-            raise InvalidDomain(text, f"it must end in {suffix}, unless another tunnel server is given")
+            raise wrong(f"it must end in {suffix}, unless another tunnel server is given")
         if not all(_LABEL.fullmatch(label) for label in labels[2:]):
-            raise InvalidDomain(text, f"{given!r} is not a host name")
+            raise wrong(f"{given!r} is not a host name")
 
         service, name, customer_id = parts
         return cls(service, name, customer_id, labels[1], given)

@@ -64,15 +64,18 @@ class ConfigError(TunnelError, ValueError):
 class InvalidDomain(ConfigError):
     """The text is not a tunnel domain (PROTOCOL.md 2)."""
 
-    def __init__(self, domain: str, reason: str) -> None:
-        super().__init__(domain, reason)
+    def __init__(self, domain: str, reason: str, suffix: str | None = "smallware.io") -> None:
+        super().__init__(domain, reason, suffix)
         self.domain = domain
         self.reason = reason
+        self.suffix = suffix
+        """What must follow the shard, None if any host name may."""
 
     def __str__(self) -> str:
+        suffix = self.suffix or "<host name>"
         return (
             f"{self.domain!r} is not a tunnel domain: {self.reason}; "
-            "expected <service>-<name>-<customer>.<shard>.smallware.io"
+            f"expected <service>-<name>-<customer>.<shard>.{suffix}"
         )
 
 
