@@ -217,6 +217,8 @@ def test_a_key_on_the_command_line_is_warned_about_and_one_in_the_environment_is
         (["-k", "s", NAME, "0"], "'0' is not a target"),
         (["-k", "s", NAME, "65536"], "'65536' is not a target"),
         (["-k", "s", NAME, "localhost:"], "'localhost:' is not a target"),
+        (["-k", "s", NAME, "http://localhost:80"], "'http://localhost:80' is not a target"),
+        (["--key-file", ".", NAME, "80"], "cannot read the key file .: Is a directory"),
         (["-k", "s", NAME, ""], "'' is not a target"),
         (["-k", "s", "--server", "https://t.example", NAME, "80"], "cannot use the tunnel server URL"),
         (["-k", "s", "--server", "ws://t.example", NAME, "80"], "--allow-insecure-server"),
@@ -267,7 +269,7 @@ def test_a_web_server_is_forwarded_to(tmp_path: Path) -> None:
         relay_thread(domain=DOMAIN) as thread,
         forwarding(thread.relay, port, cwd=tmp_path) as process,
     ):
-        process.expect(f"INFO: Forwarding https://{NAME} to 127.0.0.1:{port} ")
+        process.expect(f"INFO: Forwarding {NAME} to 127.0.0.1:{port} ")
         url = thread.relay.url
         with httpx.Client(trust_env=False) as client:
             assert client.get(f"{url}/page.txt").text == "hello"
@@ -282,13 +284,21 @@ def test_a_web_server_is_forwarded_to(tmp_path: Path) -> None:
         assert thread.relay.violations == []
 
 
-def test_a_service_that_visitors_do_not_open_with_https_is_announced_without_it(tmp_path: Path) -> None:
-    with relay_thread() as thread:
-        name = "ssh-box-acme.t00.smallware.io"
-        key = {"SMALLWARE_KEY": f"{KEY_ID}.{SECRET}"}
-        with run_command(name, "[::1]:22", "--server", thread.relay.server_url, cwd=tmp_path, env=key) as process:
-            process.expect(rf"INFO: Forwarding {re.escape(name)} to \[::1\]:22 ")
-            assert process.stop() == 0
+@pytest.mark.parametrize(
+    ("name", "server", "announced"),
+    [
+        ("www-box-acme.e0.smallware.io", DEFAULT_SERVER_URL, "https://www-box-acme.e0.smallware.io"),
+        ("ssh-box-acme.e0.smallware.io", DEFAULT_SERVER_URL, "ssh-box-acme.e0.smallware.io"),
+        ("www-box-acme.e0.smallware.io", "wss://relay.example", "www-box-acme.e0.smallware.io"),
+        ("www-box-acme.x.relay.example", "wss://relay.example", "www-box-acme.x.relay.example"),
+    ],
+)
+def test_https_is_announced_only_where_visitors_are_known_to_open_it(
+    name: str, server: str, announced: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "tunnel_asgi")
+    forward_cli._announce(TunnelConfig(name, key="s", server_url=server), ("::1", 22))
+    assert caplog.messages == [f"Forwarding {announced} to [::1]:22 (Press CTRL+C to quit)"]
 
 
 def test_a_target_that_is_down_is_one_warning_for_each_visitor(tmp_path: Path) -> None:

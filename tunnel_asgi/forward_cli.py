@@ -32,7 +32,7 @@ Target = tuple[str, int]
 @click.argument("domain")
 @click.argument("target", metavar="PORT")
 @click.option("--key", "-k", envvar="SMALLWARE_KEY", metavar="KEY", help="Access key. Better: SMALLWARE_KEY.")
-@click.option("--key-file", type=click.Path(dir_okay=False), help="File that holds the access key.")
+@click.option("--key-file", type=click.Path(), metavar="FILE", help="File that holds the access key.")
 @click.option("--key-id", envvar="SMALLWARE_KEY_ID", metavar="ID", help="Makes the whole key the secret of this id.")
 @click.option(
     "--server",
@@ -45,7 +45,8 @@ Target = tuple[str, int]
 @click.option(
     "--trust-ca",
     envvar="SMALLWARE_TRUST_CA",
-    type=click.Path(dir_okay=False),
+    type=click.Path(),
+    metavar="FILE",
     help="PEM file with a CA to trust in addition to the system's.",
 )
 @click.option("--allow-insecure-server", is_flag=True, help="Allow ws:// to another machine, with the token in clear.")
@@ -79,7 +80,7 @@ def _config(options: dict[str, Any]) -> TunnelConfig:
 
 def _parse_target(text: str) -> Target:
     host, _, port = text.rpartition(":")
-    if not port.isdecimal() or not 0 < int(port) < 65536:
+    if not port.isdecimal() or not 0 < int(port) < 65536 or "/" in host:
         raise ConfigError(f"{text!r} is not a target: expected a port such as 8080, or HOST:PORT")
     return host.strip("[]") or "127.0.0.1", int(port)
 
@@ -113,7 +114,8 @@ async def _serve(config: TunnelConfig, target: Target) -> None:
 
 def _announce(config: TunnelConfig, target: Target) -> None:
     domain = config.tunnel_domain
-    scheme = "https://" if domain.service == HTTP_SERVICE else ""
+    is_public = config.server_url.rstrip("/") == DEFAULT_SERVER_URL  # what another server's visitors open, it must say
+    scheme = "https://" if is_public and domain.service == HTTP_SERVICE else ""
     logger.info("Forwarding %s%s to %s (Press CTRL+C to quit)", scheme, domain, address(*target))
 
 
