@@ -37,6 +37,7 @@ __all__ = ["Config", "Server", "serve"]
 logger: logging.Logger = logging.getLogger("uvicorn.error")
 
 GRACEFUL_SHUTDOWN = 10  # seconds; uvicorn's default is for ever, so one SSE visitor would block Ctrl+C
+MAX_PORT = 65535
 LAST_WORDS = 1.0  # seconds for what cancelled tasks still do and answer
 
 SOCKET_OPTIONS = frozenset(
@@ -79,8 +80,8 @@ class Config(uvicorn.Config):
     (0: any free one; ``tls=True``: https) and neither domain nor key is needed. ``standby`` is how many
     WebSockets wait when nobody is connected. ``timeout_first_byte``, ``timeout_request_head`` and
     ``timeout_request_body`` are deadlines for visitors in seconds, 0 for none; ``timeout_write`` is how long a visitor
-    may read nothing of what waits for it. A request body of more than
-    ``limit_body`` bytes is answered 413; None or 0 for no limit.
+    may read nothing of what waits for it. A request body of more than ``limit_body`` bytes is answered 413; None or 0
+    for no limit.
 
     Raises:
         ConfigError: an option cannot work. Nothing has been dialled.
@@ -111,8 +112,14 @@ class Config(uvicorn.Config):
     ) -> None:
         for name in SOCKET_OPTIONS & uvicorn_options.keys():
             raise ConfigError(f"{name!r} is about a socket, and a tunnel opens no port: leave it out")
-        if limit_body is not None and limit_body < 0:
-            raise ConfigError("limit_body must be a number of bytes, or 0 for no limit")
+        _check_numbers(
+            port=port,
+            timeout_first_byte=timeout_first_byte,
+            timeout_request_head=timeout_request_head,
+            timeout_request_body=timeout_request_body,
+            timeout_write=timeout_write,
+            limit_body=limit_body or 0,
+        )
         if standby < 1:
             raise ConfigError("standby must be at least 1: no visitor can come without a waiting WebSocket")
         options: dict[str, Any] = {
@@ -260,6 +267,14 @@ class Config(uvicorn.Config):
             if self.http == "httptools":
                 raise ConfigError("httptools is not installed: pip install 'tunnel-asgi[fast]'") from error
             self.http = guarded("h11", self.timeouts, limit_body=self.limit_body)
+
+
+def _check_numbers(*, port: int, **limits: float) -> None:
+    for name, value in {"port": port, **limits}.items():
+        if not value >= 0:  # nor NaN
+            raise ConfigError(f"{name} must not be negative")
+    if port > MAX_PORT:
+        raise ConfigError(f"port must be at most {MAX_PORT}")
 
 
 def _tunnel_config(**given: Any) -> TunnelConfig:
