@@ -39,6 +39,7 @@ from tunnel_asgi.errors import (
     TunnelError,
 )
 from tunnel_asgi.pool import (
+    FIRST_DELAY,
     FRUITLESS,
     MAX_DELAY,
     MAX_RETRY_AFTER,
@@ -762,6 +763,23 @@ async def test_the_pool_is_whole_again_after_the_server_came_back_on_the_same_po
     await until(pool, lambda: pool._failing and pool.waiting == 0 and pool.busy == 0)
     async with relaying(tunnel_port=port) as relay:
         await relay.wait_for_waiting(3)
+        assert await visit(relay) == b"QUESTION"
+        await pool.aclose()
+
+
+@run_virtual
+async def test_the_pool_is_whole_again_within_a_second_of_a_restart() -> None:
+    async with relaying() as relay:
+        port = int(relay.server_url.rpartition(":")[2].partition("/")[0])
+        pool = Pool(relay, adaptive_standby(20))
+        await pool.start_serving()
+        await until(pool, lambda: pool.waiting == 20)
+        await asyncio.sleep(60)
+    await until(pool, lambda: pool._failing and not pool.waiting)
+    async with relaying(tunnel_port=port) as relay:
+        start = virtual_loop().time()
+        await until(pool, lambda: pool.waiting == 20)
+        assert virtual_loop().time() - start <= FIRST_DELAY + 0.05
         assert await visit(relay) == b"QUESTION"
         await pool.aclose()
 
