@@ -42,8 +42,8 @@ from websockets.datastructures import Headers
 
 from tests.support import run_async
 from tests.test_guard import UPGRADE, App, Wire, get, post, request
-from tunnel_asgi.cli import DIFFERENT_DEFAULTS, IGNORED_UVICORN_OPTIONS
-from tunnel_asgi.server import SOCKET_OPTIONS
+from tunnel_asgi.cli import IGNORED_UVICORN_OPTIONS
+from tunnel_asgi.server import DIFFERENT_DEFAULTS, SOCKET_OPTIONS
 from tunnel_asgi.transport import TunnelTransport
 
 

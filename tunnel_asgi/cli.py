@@ -20,7 +20,7 @@ from tunnel_asgi.config import DEFAULT_SERVER_URL, TunnelConfig
 from tunnel_asgi.errors import AppLoadFailed, ConfigError, TunnelError
 from tunnel_asgi.guard import Timeouts
 from tunnel_asgi.pool import STANDBY
-from tunnel_asgi.server import GRACEFUL_SHUTDOWN, SOCKET_OPTIONS, logging_config
+from tunnel_asgi.server import DIFFERENT_DEFAULTS, SOCKET_OPTIONS, logging_config
 from tunnel_asgi.supervisor import run
 from tunnel_asgi.tracebacks import failed_while_loading, print_app_frames
 
@@ -28,12 +28,6 @@ __all__ = ["tunnel_asgi"]
 
 IGNORED_UVICORN_OPTIONS = (SOCKET_OPTIONS - {"ssl_context_factory"}) | {"port", "version"}
 """uvicorn's command line options that are not taken over. Every other one, also a future one, is."""
-
-DIFFERENT_DEFAULTS: dict[str, Any] = {
-    "http": "h11",
-    "proxy_headers": False,
-    "timeout_graceful_shutdown": GRACEFUL_SHUTDOWN,
-}
 
 _HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110 section 5.6.2
 _HEADER_VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")  # section 5.5

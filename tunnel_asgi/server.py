@@ -11,7 +11,7 @@ import inspect
 import logging
 import os
 import socket
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -37,8 +37,15 @@ __all__ = ["Config", "Server", "serve"]
 logger: logging.Logger = logging.getLogger("uvicorn.error")
 
 GRACEFUL_SHUTDOWN = 10  # seconds; uvicorn's default is for ever, so one SSE visitor would block Ctrl+C
-MAX_PORT = 65535
 LAST_WORDS = 1.0  # seconds for what cancelled tasks still do and answer
+MAX_PORT = 65535
+
+DIFFERENT_DEFAULTS: Mapping[str, Any] = {
+    "http": "h11",
+    "proxy_headers": False,
+    "timeout_graceful_shutdown": GRACEFUL_SHUTDOWN,
+}
+"""uvicorn's options whose defaults are others here."""
 
 SOCKET_OPTIONS = frozenset(
     {
@@ -122,14 +129,11 @@ class Config(uvicorn.Config):
         )
         if standby < 1:
             raise ConfigError("standby must be at least 1: no visitor can come without a waiting WebSocket")
-        options: dict[str, Any] = {
-            "http": "h11",
-            "proxy_headers": False,
-            "timeout_graceful_shutdown": GRACEFUL_SHUTDOWN,
-        }
         uvicorn_options.setdefault("log_config", logging_config())  # None is an answer: leave logging alone
-        given = {name: value for name, value in uvicorn_options.items() if name not in options or value is not None}
-        super().__init__(app, port=port, **(options | given))
+        for name, default in DIFFERENT_DEFAULTS.items():
+            if uvicorn_options.get(name) is None:
+                uvicorn_options[name] = default
+        super().__init__(app, port=port, **uvicorn_options)
 
         self.local = local
         self.tls = tls

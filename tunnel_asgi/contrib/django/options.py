@@ -16,9 +16,6 @@ from tunnel_asgi.pool import STANDBY
 __all__ = ["OPTIONS", "Option", "settle"]
 
 
-MAX_PORT = 65535
-
-
 @dataclass(frozen=True)
 class Option:
     """One option, of the same name for ``tunnel_asgi.Config`` and in the setting ``TUNNEL_ASGI``."""
@@ -60,16 +57,14 @@ def settle(given: Mapping[str, Any], setting: object) -> dict[str, Any]:
     The environment is not looked at: ``Config`` takes from there what nobody says here.
 
     Raises:
-        ConfigError: ``setting``, the value of ``TUNNEL_ASGI``, is out of form, a number is out of range, or options
-            exclude each other.
+        ConfigError: ``setting``, the value of ``TUNNEL_ASGI``, is out of form, or options exclude each other.
     """
     line = {name: given[name] for name in OPTIONS if given.get(name) is not None}
     options = {**_fitting(_checked(setting), line), **line}
-    _check_ranges(options)
     if options.get("local"):
         return options
     for name in ("port", "tls"):
-        if line.get(name):
+        if name in line:
             raise ConfigError(f"--{name} goes with --local: add that, or leave out --{name}")
     return _without(options, "port", "tls")
 
@@ -103,14 +98,6 @@ def _fitting(setting: Mapping[str, Any], line: Mapping[str, Any]) -> dict[str, A
     if "key_file" in line:  # it is nearer, though Config would prefer a key
         setting = _without(setting, "key")
     return setting
-
-
-def _check_ranges(options: Mapping[str, Any]) -> None:
-    for name, value in options.items():
-        if isinstance(value, int | float) and value < 0:
-            raise ConfigError(f"{name} must not be negative")
-    if options.get("port", 0) > MAX_PORT:
-        raise ConfigError(f"port must be at most {MAX_PORT}")
 
 
 def _without(options: Mapping[str, Any], *names: str) -> dict[str, Any]:
