@@ -1,4 +1,4 @@
-"""What we lean on in uvicorn, websockets and h11 beyond what they promise. A failure says which name moved."""
+"""What we lean on in others' packages beyond what they promise. A failure says which name moved."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ import contextlib
 import inspect
 import threading
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, cast
 
 import click
+import django.core.management.base
+import django.template.autoreload
 import h11
 import httptools
 import pytest
@@ -25,6 +28,7 @@ import websockets.frames
 import websockets.http11
 import websockets.protocol
 import websockets.uri
+from a2wsgi import WSGIMiddleware
 from uvicorn.importer import ImportFromStringError, import_from_string
 from uvicorn.lifespan.off import LifespanOff
 from uvicorn.lifespan.on import LifespanOn
@@ -632,3 +636,45 @@ def test_h11_ignores_nothing_after_a_last_request() -> None:
     connection.receive_data(b"more")
     with pytest.raises(h11.RemoteProtocolError):  # why the guard feeds it no more
         connection.next_event()
+
+
+# a2wsgi
+
+
+@run_async
+async def test_a2wsgi_calls_the_app_by_its_executor_with_the_scope_and_an_input_in_the_environment() -> None:
+    class Recorder(ThreadPoolExecutor):
+        calls = 0
+
+        def submit(self, *args: Any, **kwargs: Any) -> Any:
+            self.calls += 1
+            return super().submit(*args, **kwargs)
+
+    def wsgi(environ: Any, start_response: Any) -> list[bytes]:
+        start_response("200 OK", [])
+        return [environ["asgi.scope"]["ours"], environ["wsgi.input"].read(3), environ["wsgi.input"].read(3)]
+
+    async def receive() -> Any:
+        return {"type": "http.request", "body": b"body", "more_body": False}
+
+    async def send(message: Any) -> None:
+        sent.append(message.get("body"))
+
+    sent: list[Any] = []
+    scope = {"type": "http", "method": "POST", "path": "/", "query_string": b"", "http_version": "1.1", "ours": b"key"}
+    middleware: Any = WSGIMiddleware(wsgi)
+    check_names(middleware, "executor", used_in="wsgi.py")
+    with Recorder(1) as middleware.executor:
+        await middleware(scope, receive, send)
+        assert middleware.executor.calls == 1
+    assert sent == [None, b"key", b"bod", b"y", b""]
+
+
+# Django
+
+
+def test_django_has_what_runtunnel_calls() -> None:
+    check_names(django.template.autoreload, "reset_loaders", used_in="contrib/django/site.py")
+    command = django.core.management.base.BaseCommand
+    check_names(command, "check check_migrations", used_in="contrib/django/site.py")
+    check_parameters(command.check, "display_num_errors", used_in="contrib/django/site.py")
