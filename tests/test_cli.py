@@ -429,6 +429,15 @@ def test_an_exception_inside_the_users_module_shows_where_and_none_of_our_frames
     assert relay.relay.dials == 0
 
 
+def test_an_exception_of_our_own_is_not_taken_for_the_apps(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(**options: Any) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(cli, "run", fail)
+    with pytest.raises(ZeroDivisionError):
+        invoke("main:app")
+
+
 @pytest.mark.parametrize("workers", [[], ["--workers", "2"]])
 def test_a_failing_lifespan_ends_it_before_anything_is_dialled(
     workers: list[str], folder: Path, relay: RelayThread

@@ -76,8 +76,9 @@ def test_uvicorns_exit_is_not_shown_as_the_cause_of_a_mistake_in_a_factory(capsy
     assert last_line.startswith("TypeError: create_app()")
 
 
-def test_an_exception_that_did_not_come_from_loading_is_told_apart() -> None:
+def test_an_exception_that_did_not_come_from_loading_is_shown_whole(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ZeroDivisionError) as caught:
         _ = 1 / 0
     assert not failed_while_loading(caught.value)
     assert not failed_while_loading(ValueError())
+    assert printed(caught.value, capsys) == (["test_tracebacks.py"], "ZeroDivisionError: division by zero")

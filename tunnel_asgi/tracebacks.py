@@ -21,14 +21,16 @@ def failed_while_loading(error: BaseException) -> bool:
 
 
 def print_app_frames(error: BaseException) -> None:
-    """Print to stderr as an interpreter would that had been given the app's module."""
+    """Print to stderr as an interpreter would that had been given the app's module; all frames, if it was loaded."""
     # uvicorn exits when a factory raises a TypeError, and that is no cause of it.
     chain = not isinstance(error.__cause__, SystemExit)
     traceback.print_exception(type(error), error, _app_frames(error), chain=chain)
 
 
 def _app_frames(error: BaseException) -> TracebackType | None:
-    """None if it has no frames of its own: the module has a syntax error."""
+    """None if it has none: the module has a syntax error."""
+    if not failed_while_loading(error):
+        return error.__traceback__
     loading = False
     for step in _steps(error):
         loading = loading or _is_loader(step)

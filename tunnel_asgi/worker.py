@@ -29,7 +29,7 @@ from uvicorn.config import STARTUP_FAILURE
 
 from tunnel_asgi.errors import AppLoadFailed, LifespanFailed, TunnelError
 from tunnel_asgi.server import Config, Server
-from tunnel_asgi.tracebacks import failed_while_loading, print_app_frames
+from tunnel_asgi.tracebacks import print_app_frames
 
 __all__ = ["KILL_MARGIN", "READY", "SIGHUP", "WORN_OUT", "Failed", "Worker"]
 
@@ -243,8 +243,6 @@ def _work(config: Config, pipe: Connection, stdin: int | None) -> None:
         tell_parent(Failed(str(error), mendable=isinstance(error, AppLoadFailed | LifespanFailed)))
         sys.exit(1 if server.started else STARTUP_FAILURE)
     except Exception as error:
-        if not failed_while_loading(error):
-            raise
         print_app_frames(error)
         sys.exit(1)
 
