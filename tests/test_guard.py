@@ -806,6 +806,19 @@ async def test_every_head_has_a_deadline_of_its_own(parser: str) -> None:
     await line.wait_closed()
 
 
+@parsers
+@run_virtually
+async def test_a_head_has_no_more_time_because_a_body_or_the_first_byte_had_more(parser: str) -> None:
+    for timeouts in (Timeouts(first_byte=60, head=10, body=5), Timeouts(first_byte=5, head=10, body=60)):
+        line = Line(parser, App(), timeouts=timeouts)
+        await line.send(post(b"Content-Length: 5"), b"hello")
+        assert line.statuses == [200]
+        begun = line.loop.time()
+        await line.send(b"G")
+        assert await line.wait_closed() == begun + 10
+        assert line.statuses == [200, 408]
+
+
 @run_virtually
 async def test_empty_lines_do_not_buy_time() -> None:
     line = Line("httptools", App())

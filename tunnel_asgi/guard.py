@@ -169,12 +169,18 @@ class _Guard(_OrderlyShutdown):
         if not seconds or self.transport.is_closing():
             self._deadline = 0.0
             return
-        self._deadline = self.loop.time() + seconds
+        self._set_deadline(self.loop.time() + seconds)
+
+    def _set_deadline(self, deadline: float) -> None:
+        # A timer that fires too early looks again: most requests are over long before it does.
+        self._deadline = deadline
+        if self._timer is not None and self._timer.when() > deadline:
+            self._timer.cancel()
+            self._timer = None
         if self._timer is None:
-            self._timer = self.loop.call_at(self._deadline, self._check_deadline)
+            self._timer = self.loop.call_at(deadline, self._check_deadline)
 
     def _check_deadline(self) -> None:
-        # The timer is moved lazily: most requests are over long before it fires.
         self._timer = None
         if not self._deadline or self.transport.is_closing():
             return
@@ -193,18 +199,12 @@ class _Guard(_OrderlyShutdown):
             return
         self._last_request = True
         if self._awaiting == "first_byte":
-            self._hurry()
+            self._set_deadline(self.loop.time() + LAST_CALL)
 
     def _request_is_coming(self) -> bool:
         """Of a visitor who has just come, it nearly always is; what was handed to us must be answered."""
         answering = self.cycle is not None and not self.cycle.response_complete
         return self._awaiting in ("first_byte", "head") and not answering and not self._stopped
-
-    def _hurry(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-        self._deadline = self.loop.time() + LAST_CALL
-        self._timer = self.loop.call_at(self._deadline, self._check_deadline)
 
     def _shut_down_after_it(self) -> None:
         protocol: Any = self.transport.get_protocol()
