@@ -8,7 +8,7 @@ import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import httpx
 import pytest
@@ -93,6 +93,47 @@ async def test_an_answer_without_end_ends_when_its_visitor_leaves(
         answer.go_on.set()
         await happened(answer.closed)
         assert (await client.get("/")).text == "next"
+
+
+@parsers
+@pytest.mark.parametrize("reads", [False, True], ids=["streams", "reads on"])
+@pytest.mark.parametrize(
+    ("header", "chunk", "answer"),
+    [
+        (("X-Broken", "two\nlines"), b"x", b""),
+        (("Content-Length", "2"), b"x", b"HTTP/1.1 200 OK"),
+        (("X-Good", "1"), "no bytes", b"HTTP/1.1 200 OK"),
+    ],
+    ids=["a broken header", "too long", "no bytes"],
+)
+@run_async
+async def test_an_answer_that_cannot_be_sent_ends_and_gives_its_thread_back(
+    http: str,
+    reads: bool,
+    header: tuple[str, str],
+    chunk: bytes | str,
+    answer: bytes,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(wsgi, "THREADS", 1)
+    closed = threading.Event()
+
+    def app(environ: Environ, start_response: StartResponse) -> Iterator[bytes]:
+        try:
+            start_response("200 OK", [header])
+            yield from [cast(bytes, chunk)] * 50  # more than a2wsgi keeps
+            while reads:
+                environ["wsgi.input"].read(1)
+        finally:
+            closed.set()
+
+    async with served(app, interface="wsgi", http=http) as site:
+        for _ in range(2):
+            closed.clear()
+            async with visiting(site.relay) as visitor:
+                await visitor.send(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n")
+                assert (await visitor.read_all()).partition(b"\r\n")[0] == answer
+            await happened(closed)
 
 
 @run_async

@@ -21,7 +21,7 @@ THREADS = 40  # requests at once, as Starlette has for functions that block; a s
 READ_AHEAD = 4  # pieces of a request body that the app has not asked for, each of 64 KiB or so
 
 GONE = "tunnel_asgi.gone"
-"""Key in a request's scope: whether somebody still waits for the answer."""
+"""Key in a request's scope: whether nobody waits for the answer any more, or it cannot be sent."""
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -51,6 +51,7 @@ class WSGIApp:
         try:
             async with self._threads:
                 await self._middleware({**scope, GONE: visitor.gone}, visitor.receive, visitor.send)
+            visitor.raise_failure()
         finally:
             watch.cancel()
             visitor.leave()
@@ -104,6 +105,7 @@ class _Visitor:
         self._send = send
         self._begun = asyncio.Event()
         self._ahead: asyncio.Queue[Message] = asyncio.Queue(READ_AHEAD)
+        self._failure: Exception | None = None
 
     async def receive(self) -> Message:
         """A piece of the body.
@@ -119,8 +121,23 @@ class _Visitor:
         return message
 
     async def send(self, message: Message) -> None:
-        await self._send(message)
+        """Pass on a piece of the answer. One that cannot be sent is the last; ``raise_failure`` says why.
+
+        Not raised here: a2wsgi would take no more from the app's thread, which then waited for ever.
+        """
+        if self._failure is not None:
+            return
+        try:
+            await self._send(message)
+        except Exception as error:
+            self._failure = error
+            self.leave()
         self._begun.set()
+
+    def raise_failure(self) -> None:
+        """Raise what kept the answer from being sent."""
+        if self._failure is not None:
+            raise self._failure
 
     async def watch(self) -> None:
         """Read ahead until the visitor leaves."""
