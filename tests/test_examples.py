@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -34,7 +35,9 @@ def commands(folder: Path, program: str) -> list[str]:
     return lines
 
 
+@contextmanager
 def visiting(site: Running) -> Iterator[httpx.Client]:
+    """A visitor who comes and leaves; then the site must end well."""
     with httpx.Client(base_url=site.url(), trust_env=False, timeout=20) as visitor:
         yield visitor
     assert site.stop() == 0
@@ -46,7 +49,7 @@ def test_the_guest_book_takes_notes_and_shows_them_to_everybody(folder: Path) ->
     migrate, runtunnel = commands(folder, "python manage.py")
     subprocess.run([*MANAGE, migrate], cwd=folder, env=environment(folder), check=True, capture_output=True, timeout=50)
     with Running(*runtunnel.split(), "--port", "0", command=MANAGE, cwd=folder) as site:
-        for ada in visiting(site):
+        with visiting(site) as ada:
             page = ada.get("/")
             assert "Nobody was here yet." in page.text
             token = re.findall(r'name="csrfmiddlewaretoken" value="(\w+)"', page.text)[0]
@@ -67,12 +70,11 @@ def test_the_guest_book_takes_notes_and_shows_them_to_everybody(folder: Path) ->
 @pytest.mark.parametrize("folder", ["flask_app"], indirect=True)
 def test_the_flask_app_ticks_and_hashes_and_forgets_visitors_who_left(folder: Path) -> None:
     serve = commands(folder, "tunnel-asgi")[0]
-    with Running(*serve.split(), "--port", "0", command=TUNNEL_ASGI, cwd=folder) as site:
-        for visitor in visiting(site):
-            assert "<h1>Hello from Flask</h1>" in visitor.get("/").text
-            assert visitor.get("/visit").json() == {"address": "127.0.0.1", "url": str(visitor.base_url.join("/"))}
-            with visitor.stream("GET", "/ticks") as answer:
-                assert next(answer.iter_lines()).startswith("data: ")
-            body = bytes(range(256)) * 5000
-            hashed = visitor.post("/upload", files={"file": ("a.bin", body)}).json()
-            assert hashed == {"bytes": len(body), "sha256": hashlib.sha256(body).hexdigest()}
+    with Running(*serve.split(), "--port", "0", command=TUNNEL_ASGI, cwd=folder) as site, visiting(site) as visitor:
+        assert "<h1>Hello from Flask</h1>" in visitor.get("/").text
+        assert visitor.get("/visit").json() == {"address": "127.0.0.1", "url": str(visitor.base_url.join("/"))}
+        with visitor.stream("GET", "/ticks") as answer:
+            assert next(answer.iter_lines()).startswith("data: ")
+        body = bytes(range(256)) * 5000
+        hashed = visitor.post("/upload", files={"file": ("a.bin", body)}).json()
+        assert hashed == {"bytes": len(body), "sha256": hashlib.sha256(body).hexdigest()}
