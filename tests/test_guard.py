@@ -352,6 +352,8 @@ ORDINARY: dict[str, tuple[bytes, tuple[str, str, bytes]]] = {
 
 LEADING = b"\r\n" + request()
 
+UNKNOWN_UPGRADE = (b"Upgrade: h2c", b"Connection: Upgrade")
+
 # What the parsers themselves do differently, out of the guard's reach or beyond its task: statuses per parser.
 DIFFERENT: dict[str, tuple[bytes, list[int], list[int]]] = {
     # RFC 9112 section 2.2 asks to ignore an empty line before the start line; h11 does not.
@@ -366,7 +368,11 @@ DIFFERENT: dict[str, tuple[bytes, list[int], list[int]]] = {
     # h11 judges a head when it is complete, so this one runs into the deadline.
     "SSH": (b"SSH-2.0-OpenSSH_9.2\r\n", [408], [400]),
     # llhttp drops what follows an upgrade, so it is the last request of the connection.
-    "an unknown upgrade": (request(b"Upgrade: h2c", b"Connection: Upgrade") + NEXT, [200, 200], [200]),
+    "an unknown upgrade": (request(*UNKNOWN_UPGRADE) + NEXT, [200, 200], [200]),
+    # It drops the body, too, and the app must not take the request for complete.
+    "an unknown upgrade with a body": (post(*UNKNOWN_UPGRADE, b"Content-Length: 5", body=b"hello"), [200], [400]),
+    "one in chunks": (post(*UNKNOWN_UPGRADE, CHUNKED, body=b"1\r\nx\r\n0\r\n\r\n"), [200], [400]),
+    "one of no bytes": (post(*UNKNOWN_UPGRADE, b"Content-Length: 0"), [200], [200]),
     # The refusal of a pipelined head is only a close there.
     "a bad head behind a good one": (request() + request(b"Bad header"), [200, 400], [200]),
 }

@@ -307,6 +307,7 @@ def _guarded_httptools() -> type[asyncio.Protocol]:
                 self._check_head_size()
             version = self.parser.get_http_version().encode()
             self.url = check_head(self.parser.get_method(), self.url, version, self.headers)
+            self._check_upgrade()
             if self.limit_body:
                 self._check_body(declared_length(self.headers))
             super().on_headers_complete()
@@ -336,6 +337,13 @@ def _guarded_httptools() -> type[asyncio.Protocol]:
             if len(self.url) + lines > self._head_limit:
                 self.refusal: HTTPStatus = HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
                 raise BadRequest("the request head is too large")
+
+        def _check_upgrade(self) -> None:
+            """llhttp drops the body of an upgrade, also of an unknown one, and calls the request complete."""
+            if not self.parser.should_upgrade() or self._should_upgrade():
+                return
+            if declared_length(self.headers) or any(name == b"transfer-encoding" for name, _ in self.headers):
+                raise BadRequest("an upgrade with a body is not served")
 
         def _check_body(self, size: int) -> None:
             if self.limit_body and size > self.limit_body:
