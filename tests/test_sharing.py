@@ -311,12 +311,14 @@ async def test_a_key_that_is_not_accepted_is_raised_on_entering() -> None:
 @run_async
 async def test_cancelling_during_the_apps_startup_leaves_nothing() -> None:
     app = NeverReady()
-    opening = asyncio.ensure_future(share(app, local=True).__aenter__())
+    tunnel = share(app, local=True)
+    opening = asyncio.ensure_future(tunnel.__aenter__())
     await app.starting.wait()
     opening.cancel()
     with pytest.raises(asyncio.CancelledError):
         await opening
     assert app.cancelled
+    await tunnel.close()  # who closes it in any case is not cancelled by that
 
 
 @run_async

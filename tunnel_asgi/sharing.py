@@ -126,7 +126,8 @@ class Share:
                 task.cancel()
             await asyncio.wait(ending)
             raise
-        self._serving.result()
+        if not self._serving.cancelled():  # with its start
+            self._serving.result()
 
     @property
     def app(self) -> Any:
