@@ -270,6 +270,11 @@ def test_local_needs_nothing_of_the_environment_to_be_unset(recorded: dict[str, 
     assert (recorded["domain"], recorded["server_url"]) == (None, None)
 
 
+def test_a_tunnel_needs_nothing_of_the_environment_to_be_unset(recorded: dict[str, Any]) -> None:
+    invoke("main:app", "--domain", str(DOMAIN), TUNNEL_ASGI_TLS="1", TUNNEL_ASGI_PORT="0")
+    assert recorded["tls"] is False
+
+
 def test_the_logging_configuration_is_uvicorns_and_ours(recorded: dict[str, Any], tmp_path: Path) -> None:
     invoke("main:app")
     assert {"uvicorn", "uvicorn.access", "tunnel_asgi"} <= recorded["log_config"]["loggers"].keys()

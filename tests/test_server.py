@@ -1531,6 +1531,7 @@ def test_a_parser_of_ones_own_is_left_alone_but_not_silently(caplog: pytest.LogC
         ({"ssl_keyfile": "key.pem"}, "'ssl_keyfile' is about a socket"),
         ({"http2": True}, "'http2' is about a socket"),
         ({"standby": 0}, "standby must be at least 1"),
+        ({"tls": True}, "tls goes with local"),
         ({"limit_body": -1}, "limit_body must not be negative"),
         ({"timeout_first_byte": -1}, "timeout_first_byte must not be negative"),
         ({"timeout_request_head": -0.5}, "timeout_request_head must not be negative"),

@@ -272,7 +272,7 @@ def _check_app(text: str) -> None:
 
 
 def _settle_local(context: click.Context, options: dict[str, Any]) -> None:
-    """What the environment says about the real tunnel does not stand in the way of --local."""
+    """What the environment says about the one kind of tunnel does not stand in the way of the other."""
     if options["local"]:
         for name in ("domain", "server_url"):
             options[name] = options[name] if _is_given(context, name) else None
@@ -280,6 +280,7 @@ def _settle_local(context: click.Context, options: dict[str, Any]) -> None:
     for name, reason in ONLY_LOCAL.items():
         if _is_given(context, name):
             raise ConfigError(f"--{name} goes with --local: {reason}. Add --local, or leave out --{name}")
+    options["tls"] = False
 
 
 def _header(text: str) -> tuple[str, str]:

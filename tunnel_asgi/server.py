@@ -148,6 +148,8 @@ class Config(uvicorn.Config):
         if local:
             if domain or server_url:
                 raise ConfigError("--local brings its own domain and server: leave out --domain and --server")
+        elif tls:
+            raise ConfigError("tls goes with local: the visitor's TLS ends at the tunnel server")
         else:
             self.tunnel = _tunnel_config(
                 domain=domain,
