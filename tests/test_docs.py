@@ -135,13 +135,15 @@ def is_about_sharing(block: str) -> bool:
     return "def test_" not in block and ("share" in block or "tunnel." in block or "FastAPI()" in block)
 
 
-@pytest.mark.usefixtures("folder_with_main")
 @pytest.mark.parametrize("page", [README, SHARING])
-def test_the_examples_for_pytest_pass(page: Path, pytester: pytest.Pytester) -> None:
+def test_the_examples_for_pytest_pass(page: Path, pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("no_proxy", "*")
+    pytester.makepyfile(main=MAIN)
     tests = [block for block in python_blocks(page) if "def test_" in block]
     for number, block in enumerate(tests):
         pytester.makepyfile(**{f"test_{number}": f"import httpx\n{block}"})
-    pytester.runpytest("-p", "no:cacheprovider").assert_outcomes(passed=len(tests))
+    # Not in this process: see test_pytest_plugin.py.
+    pytester.runpytest_subprocess("-p", "no:cacheprovider", timeout=50).assert_outcomes(passed=len(tests))
 
 
 def test_every_link_of_the_readme_leads_somewhere() -> None:

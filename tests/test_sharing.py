@@ -671,6 +671,15 @@ def interrupt() -> None:
     signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
 
 
+@pytest.fixture
+def _ctrl_c_interrupts() -> Iterator[None]:
+    """As at a terminal: a shell starts what runs in the background with Ctrl+C ignored."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, previous)
+
+
+@pytest.mark.usefixtures("_ctrl_c_interrupts")
 def test_ctrl_c_during_the_start_ends_it() -> None:
     app = NeverReady(on_startup=interrupt)
     with pytest.raises(KeyboardInterrupt):
@@ -678,6 +687,7 @@ def test_ctrl_c_during_the_start_ends_it() -> None:
     assert app.cancelled
 
 
+@pytest.mark.usefixtures("_ctrl_c_interrupts")
 def test_ctrl_c_while_it_closes_waits_for_nobody() -> None:
     class Clinging(App):
         async def _echo(self, receive: Any, send: Any) -> None:
