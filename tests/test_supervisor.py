@@ -458,6 +458,17 @@ def test_a_worker_that_hangs_for_good_is_killed(folder: Path) -> None:
         assert app.count("killing") == 1
 
 
+def test_a_second_signal_does_not_wait_for_a_worker_that_hangs(folder: Path) -> None:
+    with serve(folder, "--workers", "2", "--timeout-graceful-shutdown", "600") as app:
+        workers = workers_of(port_of(app), 2)
+        os.kill(workers[0], signal.SIGSTOP)
+        app.send(signal.SIGINT)
+        wait_gone(workers[1])  # the first signal has been heeded
+        app.send(signal.SIGINT)
+        assert app.wait() == 0
+        assert app.count(rf"Worker \[{workers[0]}\] did not leave in time, killing it") == 1
+
+
 # The end
 
 

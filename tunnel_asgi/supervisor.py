@@ -36,6 +36,7 @@ logger: logging.Logger = logging.getLogger("uvicorn.error")
 
 RESPAWN_DELAY = 1.0  # seconds between two starts of one worker, doubled by each that fails: a loop must not burn a core
 MAX_RESPAWN_DELAY = 60.0  # seconds
+FORCED_GRACE = 3.0  # seconds a worker has after a second signal: it waits for nobody then, unless its loop stands still
 
 
 class WorkersFailed(TunnelError):
@@ -280,7 +281,7 @@ class Supervisor:
             if self._stops > 1 and not forced:
                 forced = True
                 for worker in self._leaving:
-                    worker.process.terminate()
+                    worker.stop(FORCED_GRACE)
 
     def _kill_all(self) -> None:
         for worker in [*self._serving, *self._starting, *self._leaving]:
