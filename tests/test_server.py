@@ -811,6 +811,22 @@ def test_the_log_level_counts_for_the_tunnel_too(level: str | int, expected: int
 
 
 @pytest.mark.usefixtures("logging_state")
+@pytest.mark.parametrize(
+    ("name", "text", "reason"),
+    [("log.json", "{", "Expecting property name"), ("log.ini", "[loggers]", "it lacks 'formatters'")],
+)
+def test_a_log_config_that_cannot_be_used_is_named(name: str, text: str, reason: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=f"the log configuration '{path}' cannot be used: {reason}"):
+        config(App(), log_config=str(path))
+
+
+def test_a_log_level_that_does_not_exist_is_named() -> None:
+    with pytest.raises(ConfigError, match="there is no log level 'loud': it is one of critical, error, "):
+        config(App(), log_level="loud")
+
+
 def test_without_a_log_config_logging_is_left_alone() -> None:
     for name in ("uvicorn", "uvicorn.error", "uvicorn.access", "tunnel_asgi"):
         logging.getLogger(name).handlers.clear()

@@ -186,7 +186,20 @@ class Config(uvicorn.Config):
                 self.tunnel, self.public_url = None, given
 
     def configure_logging(self) -> None:
-        super().configure_logging()
+        """Set up logging as ``log_config`` says.
+
+        Raises:
+            ConfigError: it cannot be used, or there is no such log level.
+        """
+        if isinstance(self.log_level, str) and self.log_level.lower() not in uvicorn.config.LOG_LEVELS:
+            raise ConfigError(
+                f"there is no log level {self.log_level!r}: it is one of {', '.join(uvicorn.config.LOG_LEVELS)}"
+            )
+        try:
+            super().configure_logging()
+        except (ImportError, OSError, ValueError, KeyError, RuntimeError) as error:  # all that logging.config raises
+            reason = f"it lacks {error}" if isinstance(error, KeyError) else error
+            raise ConfigError(f"the log configuration {self.log_config!r} cannot be used: {reason}") from error
         if self.log_level is not None:
             logging.getLogger("tunnel_asgi").setLevel(logging.getLogger("uvicorn.error").level)
 
@@ -215,7 +228,7 @@ class Config(uvicorn.Config):
         try:
             app = import_from_string(self.app)
         except ImportFromStringError as error:
-            raise AppLoadFailed(f"cannot load the app: {error} It is named like main:app.") from error
+            raise AppLoadFailed(f"cannot load the app: {error}") from error
         if not callable(app):
             raise AppLoadFailed(f"{_app_name(self.app)} is not an ASGI app: it is of type {type(app).__name__}")
         return app
