@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import sys
 import threading
@@ -146,6 +147,57 @@ async def test_an_answer_without_end_does_not_keep_the_server(monkeypatch: pytes
             site.server.should_exit = True
             await site.task
         await happened(answer.closed)
+
+
+@pytest.mark.parametrize("writes", [False, True], ids=["yields", "writes"])
+@run_async
+async def test_an_answer_that_waits_for_its_visitor_ends_when_it_is_cancelled(writes: bool) -> None:
+    full, closed = threading.Event(), threading.Event()
+
+    def app(environ: Environ, start_response: Callable[..., Callable[[bytes], None]]) -> Iterator[bytes]:
+        try:
+            write = start_response("200 OK", PLAIN)
+            for number in itertools.count():
+                if number == wsgi.WRITE_AHEAD // (1 + writes):
+                    full.set()
+                if writes:
+                    write(b"more")
+                yield b"more"
+        finally:
+            closed.set()
+
+    async def never(*message: Any) -> Any:
+        await asyncio.Event().wait()
+
+    scope = {"type": "http", "method": "GET", "path": "/", "query_string": b"", "http_version": "1.1", "headers": []}
+    answering = asyncio.create_task(wsgi.WSGIApp(app)(scope, never, never))
+    await happened(full)
+    answering.cancel()
+    await asyncio.wait([answering])
+    await happened(closed)
+
+
+@run_async
+async def test_what_an_app_writes_arrives_and_is_refused_when_its_visitor_has_left() -> None:
+    refused = threading.Event()
+
+    def app(environ: Environ, start_response: Callable[..., Callable[[bytes], None]]) -> list[bytes]:
+        write = start_response("200 OK", PLAIN)
+        write(b"written, ")
+        try:
+            while environ["PATH_INFO"] == "/endless":
+                write(bytes(MIB))
+        except ConnectionResetError:
+            with pytest.raises(ConnectionResetError):
+                write(b"again")
+            refused.set()
+        return [b"returned"]
+
+    async with served(app, interface="wsgi") as site, site.client() as client:
+        assert (await client.get("/")).text == "written, returned"
+        async with client.stream("GET", "/endless") as response:
+            assert response.status_code == 200
+        await happened(refused)
 
 
 STUCK = """

@@ -19,9 +19,10 @@ __all__ = ["WSGIApp"]
 
 THREADS = 40  # requests at once, as Starlette has for functions that block; a slow visitor holds one
 READ_AHEAD = 4  # pieces of a request body that the app has not asked for, each of 64 KiB or so
+WRITE_AHEAD = 10  # pieces of an answer that are not sent yet
 
-GONE = "tunnel_asgi.gone"
-"""Key in a request's scope: whether nobody waits for the answer any more, or it cannot be sent."""
+VISITOR = "tunnel_asgi.visitor"
+"""Key in a request's scope."""
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -39,7 +40,8 @@ class WSGIApp:
     def __init__(self, app: Any) -> None:
         self.app = app
         self._threads = asyncio.Semaphore(THREADS)
-        self._middleware = cast(Any, WSGIMiddleware)(self._run)
+        # Its queue has no bound: a thread that waits for room there waits for ever when its request is cancelled.
+        self._middleware = cast(Any, WSGIMiddleware)(self._run, send_queue_size=0)
         self._middleware.executor = _Threads()
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
@@ -50,8 +52,7 @@ class WSGIApp:
         watch = asyncio.create_task(visitor.watch())
         try:
             async with self._threads:
-                await self._middleware({**scope, GONE: visitor.gone}, visitor.receive, visitor.send)
-            visitor.raise_failure()
+                await self._middleware({**scope, VISITOR: visitor}, visitor.receive, visitor.send)
         finally:
             watch.cancel()
             visitor.leave()
@@ -59,14 +60,14 @@ class WSGIApp:
 
     def _run(self, environ: Environ, start_response: Callable[..., Any]) -> Generator[bytes]:
         """The app in its thread."""
-        gone: threading.Event = environ["asgi.scope"][GONE]
+        visitor: _Visitor = environ["asgi.scope"][VISITOR]
         environ["wsgi.input"] = io.BufferedReader(_Input(environ["wsgi.input"]))
         environ["wsgi.input_terminated"] = True  # without Content-Length Werkzeug would read nothing
         environ["wsgi.errors"] = sys.stderr
-        answer: Iterable[bytes] = self.app(environ, start_response)
+        answer: Iterable[bytes] = self.app(environ, visitor.bounded(start_response))
         try:
             for chunk in answer:
-                if gone.is_set():
+                if not visitor.wait_for_room():
                     break
                 yield chunk
         finally:
@@ -105,7 +106,7 @@ class _Visitor:
         self._send = send
         self._begun = asyncio.Event()
         self._ahead: asyncio.Queue[Message] = asyncio.Queue(READ_AHEAD)
-        self._failure: Exception | None = None
+        self._room = threading.Semaphore(WRITE_AHEAD)
 
     async def receive(self) -> Message:
         """A piece of the body.
@@ -121,23 +122,34 @@ class _Visitor:
         return message
 
     async def send(self, message: Message) -> None:
-        """Pass on a piece of the answer. One that cannot be sent is the last; ``raise_failure`` says why.
-
-        Not raised here: a2wsgi would take no more from the app's thread, which then waited for ever.
-        """
-        if self._failure is not None:
-            return
         try:
             await self._send(message)
-        except Exception as error:
-            self._failure = error
-            self.leave()
+        except BaseException:
+            self.leave()  # or the app's thread would wait for room for ever
+            raise
+        self._room.release()
         self._begun.set()
 
-    def raise_failure(self) -> None:
-        """Raise what kept the answer from being sent."""
-        if self._failure is not None:
-            raise self._failure
+    def wait_for_room(self) -> bool:
+        """In the app's thread: wait until another piece of the answer may be sent. False if none may any more."""
+        if not self.gone.is_set():
+            self._room.acquire()
+        return not self.gone.is_set()
+
+    def bounded(self, start_response: Callable[..., Any]) -> Callable[..., Any]:
+        """The same, whose ``write`` waits for room and raises ``ConnectionResetError`` if the visitor left."""
+
+        def start(*args: Any) -> Callable[[bytes], None]:
+            write = start_response(*args)
+
+            def write_bounded(data: bytes) -> None:
+                if not self.wait_for_room():
+                    raise ConnectionResetError("the visitor left before the end of the answer")
+                write(data)
+
+            return write_bounded
+
+        return start
 
     async def watch(self) -> None:
         """Read ahead until the visitor leaves."""
@@ -149,8 +161,9 @@ class _Visitor:
             await self._ahead.put(message)
 
     def leave(self) -> None:
-        """Nothing more comes, for whoever still asks."""
+        """Nothing more comes and goes, for whoever still waits."""
         self.gone.set()
+        self._room.release()
         while not self._ahead.empty():
             self._ahead.get_nowait()
         self._ahead.put_nowait({"type": "http.disconnect"})
