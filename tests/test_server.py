@@ -1236,6 +1236,22 @@ def test_a_second_signal_does_not_wait_for_a_lifespan_that_hangs(caught: list[in
     assert caught == [signal.SIGINT, signal.SIGINT]
 
 
+def test_a_third_signal_breaks_off_an_app_that_blocks_the_loop(caught: list[int]) -> None:
+    async def block(scope: Any, receive: Any, send: Any) -> None:
+        while True:
+            signal.raise_signal(signal.SIGINT)
+
+    @run_async
+    async def run() -> None:
+        async with served(App(index=block)) as site, site.client() as client:
+            with contextlib.suppress(httpx.TransportError):  # it may see a 500 or a close
+                await client.get("/")
+            await site.task
+
+    run()
+    assert caught == [signal.SIGINT] * 3
+
+
 def test_a_signal_while_the_server_cannot_be_reached_ends_it(caught: list[int]) -> None:
     app = App()
 

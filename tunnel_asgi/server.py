@@ -545,8 +545,10 @@ class Server(uvicorn.Server):
             await asyncio.wait(tasks, timeout=LAST_WORDS)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """The first signal drains, the second one of either kind forces."""
+        """The first signal drains, the second one of either kind forces, a third breaks off what blocks the loop."""
         self._captured_signals.append(sig)
+        if self.force_exit:
+            raise KeyboardInterrupt
         if self.should_exit:
             self.force_exit = True
         self.should_exit = True
