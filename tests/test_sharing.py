@@ -21,7 +21,7 @@ import pytest
 from websockets.asyncio.client import connect
 from websockets.sync.client import connect as connect_blocking
 
-from tests.processes import relay_thread
+from tests.processes import DEADLINE, relay_thread
 from tests.support import DOMAIN, KEY_ID, KEYS, SECRET, TEST_TIMEOUT, run_async
 from tunnel_asgi.errors import (
     AppLoadFailed,
@@ -416,8 +416,14 @@ async def failing_tunnel() -> AsyncIterator[Share]:
         relay.refuse(401)
         for end in relay.tunnels:
             end.cut()
-        await relay.wait_until(lambda relay: relay.refused > 0)
+        await over(tunnel)
         yield tunnel
+
+
+async def over(tunnel: Share) -> None:
+    """Wait until the tunnel has failed for good, which nothing but leaving tells."""
+    assert tunnel._serving is not None
+    await asyncio.wait({tunnel._serving})
 
 
 @run_async
@@ -710,6 +716,6 @@ def test_a_tunnel_in_a_thread_that_failed_for_good_is_raised_on_leaving(raised: 
         relay.call(relay.relay.refuse, 401)
         for end in relay.relay.tunnels:
             relay.call(end.cut)
-        relay.wait_until(lambda relay: relay.refused > 0)
+        asyncio.run_coroutine_threadsafe(over(tunnel._share), tunnel._loop).result(DEADLINE)
         with pytest.raises(AuthenticationFailed) if raised is None else contextlib.nullcontext():
             tunnel.__exit__(None if raised is None else type(raised), raised, None)
