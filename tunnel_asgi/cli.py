@@ -7,9 +7,10 @@ import logging
 import os
 import re
 import sys
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import PurePath
-from typing import Any, NoReturn, TextIO
+from typing import Any, NoReturn, TextIO, TypeVar
 
 import click
 from click.core import ParameterSource
@@ -28,6 +29,8 @@ __all__ = ["tunnel_asgi"]
 
 IGNORED_UVICORN_OPTIONS = (SOCKET_OPTIONS - {"ssl_context_factory"}) | {"port", "version"}
 """uvicorn's command line options that are not taken over. Every other one, also a future one, is."""
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 _HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110 section 5.6.2
 _HEADER_VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")  # section 5.5
@@ -87,6 +90,13 @@ class Command(click.Command):
             records = [one.get_help_record(ctx) for one in options if _is_uvicorns(one) is uvicorns]
             with formatter.section(title):
                 formatter.write_dl([record for record in records if record is not None])
+
+
+def _seconds(option: str, default: float, text: str) -> Callable[[_Function], _Function]:
+    """The option for a deadline."""
+    return click.option(
+        option, type=click.FloatRange(0), metavar="SECONDS", default=default, show_default=True, help=text
+    )
 
 
 def _with_uvicorn_parameters(command: click.Command) -> click.Command:
@@ -182,37 +192,13 @@ def _fail(error: TunnelError) -> NoReturn:
     show_default=True,
     help="WebSockets that wait for visitors when nobody is connected.",
 )
-@click.option(
-    "--timeout-first-byte",
-    type=click.FloatRange(0),
-    metavar="SECONDS",
-    default=Timeouts.first_byte,
-    show_default=True,
-    help="Time a visitor may take to begin a request. 0: no limit, also below.",
+@_seconds(
+    "--timeout-first-byte", Timeouts.first_byte, "Time a visitor may take to begin a request. 0: no limit, also below."
 )
-@click.option(
-    "--timeout-request-head",
-    type=click.FloatRange(0),
-    metavar="SECONDS",
-    default=Timeouts.head,
-    show_default=True,
-    help="Time from the first byte of a request to the end of its headers.",
-)
-@click.option(
-    "--timeout-request-body",
-    type=click.FloatRange(0),
-    metavar="SECONDS",
-    default=Timeouts.body,
-    show_default=True,
-    help="Time a visitor may pause within a request body.",
-)
-@click.option(
-    "--timeout-write",
-    type=click.FloatRange(0),
-    metavar="SECONDS",
-    default=TunnelConfig.write_timeout,
-    show_default=True,
-    help="Time a visitor may read nothing of an answer that waits for it.",
+@_seconds("--timeout-request-head", Timeouts.head, "Time from the first byte of a request to the end of its headers.")
+@_seconds("--timeout-request-body", Timeouts.body, "Time a visitor may pause within a request body.")
+@_seconds(
+    "--timeout-write", TunnelConfig.write_timeout, "Time a visitor may read nothing of an answer that waits for it."
 )
 @click.option(
     "--limit-body",
