@@ -206,9 +206,7 @@ class TunnelConnection(asyncio.Protocol):
     def _receive_frame(self, frame: Frame) -> None:
         opcode = frame.opcode
         try:
-            if opcode is Opcode.BINARY and frame.fin and frame.data:  # nearly every one
-                self._receive_data(bytes(frame.data))
-            elif opcode is Opcode.BINARY or opcode is Opcode.TEXT:
+            if opcode is Opcode.BINARY or opcode is Opcode.TEXT:
                 self._message_opcode = opcode
                 self._message_size = 0
                 self._receive_fragment(frame)
